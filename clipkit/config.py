@@ -1,0 +1,381 @@
+"""One validated config: pydantic + YAML + `key=value`. Every problem is reported at once, with its dotted path.
+
+`batch_size` is the *global* number of pairs; durations are in samples; times end in `_s`, sizes in `_bytes`.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from clipkit.errors import UserError, did_you_mean
+from clipkit.registry import TERMS
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown names are errors, defaults are documented in place."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Which shards are read, and how a sample becomes a row of the batch."""
+
+    train: list[str] = []
+    """Tar shards: paths or globs."""
+    negatives: Count = 0
+    """Hard-negative captions a pair (K); sampled from the shard's `negatives`, uniformly over kinds."""
+    caption: Literal["sample", "first"] = "sample"
+    """Which of a picture's captions is used each time: one at random (seeded) or always the first."""
+    augment: Literal["none", "crop"] = "crop"
+    """`crop`: random resized crop; `none`: the evaluation transform."""
+    crop_scale: Share = 0.9
+    """Smallest share of the area a random crop keeps."""
+    workers: Count = 2
+    """Loader processes a rank; 0 reads in the training process."""
+    lanes: Positive = 64
+    """Sequential read streams of the plan; part of what fixes the order (docs/design.md)."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An unreadable sample ends the run, or is replaced and counted."""
+    cache_image_features: bool = False
+    """Encode every picture once with the locked image tower and train from the stored features."""
+
+
+class ImageTower(Section):
+    """An image tower of one's own making (ignored when `model.name` is set)."""
+
+    timm: str = ""
+    """timm architecture name (e.g. mobilenetv2_100); empty: `cfg` describes an open_clip vision tower."""
+    weights: str = ""
+    """Local safetensors file for the timm tower."""
+    cfg: dict[str, Any] = {}
+    """Keyword arguments: of `timm.create_model`, or of open_clip's `CLIPVisionCfg`."""
+    size: Positive = 224
+    """Input pixels a side."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    pool: Literal["avg", "attention"] = "avg"
+    """How a timm feature map becomes one vector; attention keeps where things are."""
+
+
+class TextTower(Section):
+    """A text tower of one's own making: open_clip's causal transformer, end-of-text pooling."""
+
+    width: Positive = 128
+    heads: Positive = 4
+    layers: Positive = 2
+    context_length: Positive = 77
+    dropout: Share = 0.0
+    """Dropout on the embedded tokens while training."""
+
+
+class ModelConfig(Section):
+    """The dual encoder."""
+
+    name: str = ""
+    """open_clip `NAME`, `NAME:PRETRAINED` or `hf-hub:ORG/NAME`; empty: built from `image`, `text`, `embed_dim`."""
+    start: str = ""
+    """Run folder or checkpoint whose weights training starts from."""
+    embed_dim: Positive = 128
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()
+    lock_image: bool = False
+    """Freeze the image tower, kept in eval mode (LiT); its projection head still learns."""
+    lock_text: bool = False
+    scale: float | None = Field(default=None, gt=0.0, le=1000.0)
+    """Initial multiplicative logit scale (1/temperature); default: as loaded, else 1/0.07."""
+    scale_max: float = Field(default=100.0, gt=0.0)
+    bias: float | None = None
+    """Initial logit bias; a number switches a learned bias on (SigLIP: -10)."""
+
+
+class TeacherConfig(Section):
+    """Where self-distillation looks up to."""
+
+    kind: Literal["none", "frozen", "ema"] = "none"
+    half_life: float = Field(default=0.214, gt=0.0)
+    """EMA half-life as a fraction of the run; 0.214 leaves 3.9 % of the start, as DeGLA's 0.9996 over 8,090 steps."""
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up; weight decay never touches norms, biases, scale or bias."""
+
+    lr: float = Field(default=5e-4, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0.0)
+    warmup: Count = 0
+    """Samples of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class EngineConfig(Section):
+    """How a step is carried out; the world size comes from the launcher (torchrun)."""
+
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    """`ddp` also covers a single process."""
+    zero_stage: Literal[1, 2] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    timeout_s: Positive = 1800
+    """A collective that waits longer than this ends the job."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = "run"
+    out: str = "runs/{name}"
+    """Run folder; `{name}` and `{seed}` are filled in."""
+    seed: Count = 0
+    batch_size: Positive = 256
+    """Global number of pairs a step."""
+    samples: Positive = 100_000
+    """Length of the run."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: dict[str, dict[str, Any]] = {"infonce": {}}
+    """Terms by name, each with `weight` (default 1) and the term's own settings."""
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    log_every: Positive = 10
+    """Steps between two lines of the log."""
+    save_every: Count = 0
+    """Samples between two checkpoints; 0: only at the end."""
+    keep: Positive = 2
+    """Checkpoints kept."""
+    evaluate_every: Count = 0
+    """Samples between two evaluations while training; 0: none."""
+    suite: str = ""
+    """Benchmarks run by the evaluation hook: a suite name or file (eval/suites.yaml)."""
+    roots: dict[str, str] = {}
+    """Where benchmark sources lie: `source: path`."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps everything."""
+        return Path(self.out.format(name=self.name, seed=self.seed))
+
+
+def data_folders(folder: str) -> list[Path]:
+    """Where packaged YAML lies: inside the installed wheel, or beside the package in a checkout."""
+    packaged = Path(str(resources.files("clipkit"))) / "_data" / folder
+    return [packaged, Path(__file__).parent.parent / folder]
+
+
+def find_data_file(name: str, folder: str) -> Path:
+    """`name` as given, else the copy packaged under `folder` (configs or eval), with or without .yaml."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    roots = data_folders(folder)
+    for root in roots:
+        for candidate in (root / name, root / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    valid = {p.relative_to(r).with_suffix("").as_posix() for r in roots if r.is_dir() for p in r.rglob("*.yaml")}
+    raise UserError(f"{name}: no such file, here or among the packaged {folder}{did_you_mean(name, valid)}")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML config with its `base`, apply `key=value` overrides, validate everything at once."""
+    file = find_data_file(str(path), "configs")
+    tree = _read(file, depth=0)
+    for item in overrides:
+        _override(tree, item)
+    return validate(tree, origin=file.name)
+
+
+def validate(tree: dict[str, Any], origin: str = "config") -> Config:
+    """A checked Config, or one UserError listing every problem with its dotted path."""
+    problems: list[str] = []
+    config: Config | None = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems += [explain(e) for e in error.errors()]
+    objective = tree.get("objective", Config.model_fields["objective"].default)
+    if isinstance(objective, dict):
+        problems += _check_objective(objective)
+    if config and not problems:
+        problems += _cross_check(config)
+    if problems:
+        raise UserError(f"{origin}:\n" + "\n".join(f"  {p}" for p in problems))
+    assert config is not None
+    return config
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a config file, terms included."""
+    tree = Config.model_json_schema()
+    terms = {}
+    for name in TERMS:
+        entry = TERMS.entry(name)
+        properties: dict[str, Any] = {"weight": {"type": "number", "default": 1.0}}
+        for key, parameter in entry.settings.items():
+            properties[key] = TypeAdapter(parameter.annotation).json_schema() | {"default": parameter.default}
+        terms[name] = {
+            "type": "object",
+            "description": entry.summary,
+            "properties": properties,
+            "additionalProperties": False,
+        }
+    tree["properties"]["objective"] |= {"properties": terms, "additionalProperties": False}
+    tree["properties"]["base"] = {"type": "string", "description": "The one config this one builds on."}
+    return tree
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; loading it again gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(file: Path, depth: int) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: should hold settings (key: value), found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if depth == 2:
+        raise UserError(f"{file}: base: {base} would be three deep; two is the limit")
+    beside = file.parent / f"{base}"
+    parent = beside if beside.is_file() else find_data_file(str(base), "configs")
+    return _merge(_read(parent, depth + 1), tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on `base`, section by section; a term set to null is dropped."""
+    out = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = _merge(out[key], value)
+        elif value is None and isinstance(out.get(key), dict):
+            del out[key]
+        else:
+            out[key] = value
+    return out
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"{item!r}: overrides are written key=value, e.g. optim.lr=1e-3")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {section} is a single value, it has no setting {leaf}")
+        node = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if value is None and isinstance(node.get(leaf), dict):
+        del node[leaf]
+    elif isinstance(value, dict) and isinstance(node.get(leaf), dict):
+        node[leaf] = _merge(node[leaf], value)
+    else:
+        node[leaf] = value
+
+
+_WORDING = (
+    ("int_parsing|int_type|int_from_float", "should be a whole number"),
+    ("float_parsing|float_type", "should be a number"),
+    ("bool_parsing|bool_type", "should be true or false"),
+    ("string_type", "should be a text"),
+    ("list_type|tuple_type", "should be a list"),
+    ("dict_type|model_type|model_attributes_type", "should be a group of settings"),
+)
+
+
+def explain(error: Any) -> str:
+    """One pydantic error in the house's words: dotted path, what it should be, what was found."""
+    path = ".".join(str(part) for part in error["loc"])
+    found = error["input"]
+    shown = f'"{found}"' if isinstance(found, str) else repr(found)
+    if error["type"] == "extra_forbidden":
+        names = _names_at(error["loc"][:-1])
+        return f"{path}: no such setting{did_you_mean(str(error['loc'][-1]), names)}"
+    for pattern, wording in _WORDING:
+        if re.fullmatch(pattern, error["type"]):
+            return f"{path}: {wording}, got {shown}"
+    message = error["msg"].replace("Input s", "s")
+    return f"{path}: {message}, got {shown}"
+
+
+def _names_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[part].annotation
+    return [*model.model_fields, *(["base"] if model is Config else [])]
+
+
+def _check_objective(objective: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, settings in objective.items():
+        path = f"objective.{name}"
+        if name not in TERMS:
+            problems.append(f"{path}: no such setting{did_you_mean(name, TERMS)}")
+            continue
+        if not isinstance(settings, dict):
+            problems.append(f"{path}: should be a group of settings, got {settings!r}")
+            continue
+        known = TERMS.entry(name).settings
+        for key, value in settings.items():
+            if key == "weight":
+                annotation: Any = float
+            elif key in known:
+                annotation = known[key].annotation
+            else:
+                problems.append(f"{path}.{key}: no such setting{did_you_mean(key, ['weight', *known])}")
+                continue
+            try:
+                settings[key] = TypeAdapter(annotation).validate_python(value)
+            except ValidationError as error:
+                problems += [f"{path}.{explain(e | {'loc': (key, *e['loc'])})}" for e in error.errors()]
+    return problems
+
+
+def _cross_check(config: Config) -> list[str]:
+    """What single settings cannot show: combinations that cannot be right."""
+    problems = []
+    if not config.objective:
+        problems.append("objective: needs at least one term")
+    for name in config.objective:
+        needs = TERMS.entry(name).needs
+        if "negative_text" in needs and config.data.negatives == 0:
+            problems.append(f"objective.{name} needs data.negatives ≥ 1, got 0")
+        if "teacher" in needs and config.teacher.kind == "none":
+            problems.append(f"objective.{name} needs teacher.kind: ema or frozen, got none")
+        if "bias" in needs and config.model.bias is None:
+            problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
+    if config.data.cache_image_features and not config.model.lock_image:
+        problems.append("data.cache_image_features needs model.lock_image: true (features of a learning tower change)")
+    if config.data.cache_image_features and config.data.augment != "none":
+        problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
+    if config.samples < config.batch_size:
+        problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
+    if config.evaluate_every and not config.suite:
+        problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems

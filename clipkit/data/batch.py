@@ -1,0 +1,49 @@
+"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, t tokens, c h w pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch.
+
+    Pictures travel as uint8 and are normalised by the model on its device. When the image tower is locked and its
+    outputs were cached, `image_features` (n f) stand in for `image`. Text is int64 token ids, cut to the longest of
+    the batch. `id` is the dense number of the sample in the index, `group` the number of the picture: pairs with
+    equal group are never each other's negatives. `valid` marks the negatives that exist (the others are padding).
+    """
+
+    text: Int64[Tensor, "n t"]
+    id: Int64[Tensor, " n"]
+    group: Int64[Tensor, " n"]
+    image: UInt8[Tensor, "n c h w"] | None = None
+    image_features: Tensor | None = None
+    negative_text: Int64[Tensor, "n k t"] | None = None
+    valid: Bool[Tensor, "n k"] | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """(shard/key, reason) of every sample that could not be read and was replaced (`data.on_error: skip`)."""
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from where `to` copies without waiting (called by the loader)."""
+        pinned = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)

@@ -1,0 +1,73 @@
+"""Ranks, world size and gathers in one place; everything works unchanged in a single process.
+
+`all_gather` carries gradients back with a reduce-scatter *sum*: when every rank then computes the same full loss
+and the engine averages gradients over ranks, every gradient equals the one-process gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def active() -> bool:
+    """Whether a process group with more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 when alone."""
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this rank writes the files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if active():
+        dist.barrier()
+
+
+class _AllGather(torch.autograd.Function):
+    # Own function: torch's differentiable gathers are deprecated one release after another.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        out = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous())
+        return out
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate `x` (b, ...) of all ranks in rank order to (world * b, ...), with gradient. All ranks: equal shapes."""
+    if not active():
+        return x
+    if x.dtype == torch.bool:
+        return _AllGather.apply(x.to(torch.uint8)).bool()  # type: ignore[union-attr]
+    return _AllGather.apply(x)  # type: ignore[return-value]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in rank order, on every rank. For small things between our own ranks only."""
+    if not active():
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,19 @@
+"""The one exception for a user's mistake, and the nearest valid name for a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: says what, where, what was found and what to do. Exit status 2, no traceback."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`"; did you mean X?"` for the nearest valid name, else the list of valid names."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; valid names: {', '.join(names)}" if names else ""

@@ -1,0 +1,1 @@
+"""Towers, the dual encoder, its embeddings and its teacher."""

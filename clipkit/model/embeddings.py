@@ -1,0 +1,95 @@
+"""`Embeddings`: what the towers hand to the objective. Axes: n pairs, k negative captions, j negative pictures, d."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.errors import UserError
+
+_ROLES = {"image": "n d", "text": "n d", "negative_text": "n k d", "negative_image": "n j d"}
+_BESIDE = {"valid": "n k", "id": "n", "group": "n"}
+
+
+@dataclass
+class Embeddings:
+    """Unit-length embeddings by role; a negative belongs to the pair of its row (axis n), whatever surrounds it.
+
+    `valid` marks the negative captions that exist (default: all). `id` is the dense number of the sample and `group`
+    that of its picture: pairs with equal group are never each other's negatives. Left out, `group` is `id` and `id`
+    counts the rows, going on from rank to rank. `scale` is the multiplicative factor 1/temperature, not its logarithm.
+    `teacher` holds the same roles of the same pairs; terms never send a gradient into it.
+
+    Raises UserError when the shapes do not belong together.
+    """
+
+    image: Float[Tensor, "n d"]
+    text: Float[Tensor, "n d"]
+    negative_text: Float[Tensor, "n k d"] | None = None
+    negative_image: Float[Tensor, "n j d"] | None = None
+    valid: Bool[Tensor, "n k"] | None = None
+    id: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
+    group: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
+    scale: Tensor | float = 1.0
+    bias: Tensor | float | None = None
+    teacher: Embeddings | None = None
+
+    def __post_init__(self) -> None:
+        self._check_shapes()
+        n, device = len(self), self.image.device
+        if self.id is None:
+            self.id = torch.arange(n, device=device) + distributed.rank() * n
+        if self.group is None:
+            self.group = self.id
+        if self.negative_text is not None and self.valid is None:
+            self.valid = torch.ones(self.negative_text.shape[:2], dtype=torch.bool, device=device)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def negatives(self) -> tuple[Float[Tensor, "n k d"], Bool[Tensor, "n k"]]:
+        """Negative captions and which of them exist; k is 0 when the pairs have none."""
+        if self.negative_text is None or self.valid is None:
+            n, d = self.text.shape
+            return self.text.new_zeros(n, 0, d), torch.zeros(n, 0, dtype=torch.bool, device=self.text.device)
+        return self.negative_text, self.valid
+
+    def frozen_teacher(self) -> Embeddings:
+        """The teacher's embeddings, cut off from its graph. Raises UserError when there is no teacher."""
+        if self.teacher is None:
+            raise UserError("this term needs embeddings.teacher and found none; set teacher.kind to ema or frozen")
+        tables = {name: getattr(self.teacher, name) for name in _ROLES}
+        return replace(self.teacher, **{name: x.detach() for name, x in tables.items() if x is not None})
+
+    def world(self) -> Embeddings:
+        """The same tables over all ranks, in rank order, each role gathered once: with gradient, the teacher without.
+
+        Every rank needs equal shapes. Alone, returns itself.
+        """
+        if not distributed.active():
+            return self
+        beside, teacher = self._gather(_BESIDE), self.teacher
+        if teacher:
+            with torch.no_grad():
+                teacher = replace(teacher, **teacher._gather(_ROLES) | beside)
+        return replace(self, **self._gather(_ROLES) | beside, teacher=teacher)
+
+    def _gather(self, names: dict[str, str]) -> dict[str, Tensor]:
+        tables = {name: getattr(self, name) for name in names}
+        return {name: distributed.all_gather(table) for name, table in tables.items() if table is not None}
+
+    def _check_shapes(self) -> None:
+        axes: dict[str, int] = {}
+        for name, layout in (_ROLES | _BESIDE).items():
+            table = getattr(self, name)
+            if table is None:
+                continue
+            names, shape = layout.split(), tuple(table.shape)
+            if len(shape) != len(names) or any(axes.setdefault(a, s) != s for a, s in zip(names, shape, strict=True)):
+                found = ", ".join(f"{axis}={size}" for axis, size in axes.items())
+                raise UserError(f"embeddings.{name}: should be [{layout}] with {found}, got shape {shape}")

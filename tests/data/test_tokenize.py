@@ -1,0 +1,59 @@
+"""Token ids equal open_clip's, cut to the longest; the caches are bounded."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import open_clip
+import pytest
+import torch
+
+from clipkit.data import tokenize
+from clipkit.data.tokenize import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+def texts() -> list[str]:
+    rng = random.Random(0)
+    words = ["a", "dog's", "Äpfel", "naïve", "12.5%", "日本", "&amp;", "don't", "x" * 300, "🙂", "<end_of_text>", "\n"]
+    return ["", " ", "A photo of a cat."] + [" ".join(rng.choices(words, k=rng.randint(1, 90))) for _ in range(200)]
+
+
+def test_equal_to_open_clip(tokenizer: Tokenizer) -> None:
+    reference = open_clip.SimpleTokenizer()(texts())
+    found = tokenizer(texts())
+    width = found.shape[1]
+    assert torch.equal(found, reference[:, :width]) and not reference[:, width:].any()
+
+
+def test_cut_to_the_longest_of_the_call(tokenizer: Tokenizer) -> None:
+    assert tokenizer(["a", "a b c"]).shape == (2, 5) and tokenizer(["a"]).shape == (1, 3)
+    assert Tokenizer(trim=False)(["a"]).shape == (1, 77)
+    assert tokenizer([]).shape[0] == 0
+
+
+def test_a_long_text_keeps_its_end_mark() -> None:
+    short = Tokenizer(context_length=8)
+    found = short(["a " * 50])
+    assert torch.equal(found, open_clip.SimpleTokenizer()(["a " * 50], context_length=8))
+
+
+def test_named_tokenizers_and_pickling(tokenizer: Tokenizer) -> None:
+    named = pickle.loads(pickle.dumps(Tokenizer("ViT-B-32", context_length=20, trim=False)))
+    assert (named.name, named.context_length, named.trim) == ("ViT-B-32", 20, False)
+    assert torch.equal(named(["two dogs"])[:, :4], tokenizer(["two dogs"]))
+
+
+def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "CACHED_CAPTIONS", 10)
+    monkeypatch.setattr(tokenize, "CACHED_WORDS", 20)
+    small = Tokenizer()
+    before = small(["<start_of_text> one <end_of_text>"])
+    small([f"word{i}x{i}" for i in range(200)])
+    assert len(small._inner.cache) <= 25 and small._ids.cache_info().currsize == 10
+    assert torch.equal(small(["<start_of_text> one <end_of_text>"]), before)

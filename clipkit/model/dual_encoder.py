@@ -1,0 +1,251 @@
+"""The dual encoder: `Batch` → `Embeddings`.
+
+Axes: n pairs, k negatives, t tokens, c h w pixels, s the tower's side, f trunk features, d embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from clipkit.config import ModelConfig
+from clipkit.data.batch import Batch
+from clipkit.data.decode import Preprocess, decode, fit, to_pixels
+from clipkit.data.members import Unreadable
+from clipkit.data.tokenize import Tokenizer
+from clipkit.errors import UserError
+from clipkit.model.embeddings import Embeddings
+from clipkit.model.names import Parts, from_open_clip
+from clipkit.model.towers import TimmTower, build_towers, custom_spec, load_timm_weights, trims_exactly
+from clipkit.model.weights import weights_into
+
+
+class DualEncoder(nn.Module):
+    """Two towers, a learned scale and, for sigmoid losses, a learned bias.
+
+    `image_tower` gives the trunk's features [n f], `image_head` maps them to [n d] (nothing for towers that project
+    themselves), `text_tower` gives [n d]. Embeddings leave in float32 at unit length, whatever the weights' type.
+    A locked tower stays in eval mode (its BatchNorm never moves) and out of the graph; a head always learns.
+    `spec`, `activation`, `tokenizer` and `preprocess` are all it takes to rebuild it: see `clipkit.model.load`.
+    """
+
+    def __init__(self, parts: Parts, *, scale_max: float = 100.0):
+        super().__init__()
+        self.spec, self.tokenizer, self.preprocess = parts.spec, parts.tokenizer, parts.preprocess
+        self.scale_max = scale_max
+        self.image_tower, self.image_head, self.text_tower = parts.towers
+        # Shape [1], never a scalar, which DeepSpeed cannot broadcast.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(parts.scale)]))
+        self.bias = None if parts.bias is None else nn.Parameter(torch.tensor([float(parts.bias)]))
+        self.image_locked = self.text_locked = False
+
+    @property
+    def activation(self) -> str:
+        """`gelu` or `quickgelu`: what the transformer blocks compute, and what their weights were trained with."""
+        return self.spec["activation"]
+
+    @property
+    def scale(self) -> Float[Tensor, "1"]:
+        """The multiplicative logit scale, at most `scale_max`."""
+        log_scale: Any = _ClampAbove.apply(self.log_scale.float(), math.log(self.scale_max))
+        return log_scale.exp()
+
+    def lock(self, *, image: bool = False, text: bool = False) -> DualEncoder:
+        """Freeze towers for good (LiT, arXiv 2111.07991): no gradient, eval mode whatever `train()` says."""
+        self.image_locked, self.text_locked = image, text
+        for tower in self.locked_towers():
+            tower.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Set the mode of all but the locked towers."""
+        super().train(mode)
+        for tower in self.locked_towers():
+            tower.eval()
+        return self
+
+    def locked_towers(self) -> list[nn.Module]:
+        """The towers that never change."""
+        image = [self.image_tower] if self.image_locked else []
+        return image + ([self.text_tower] if self.text_locked else [])
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower."""
+        features = batch.image_features if batch.image_features is not None else self.image_features(batch.image)
+        text, negative_text = self._encode_captions(batch)
+        return Embeddings(
+            image=self._project(features),
+            text=text,
+            negative_text=negative_text,
+            valid=batch.valid,
+            id=batch.id,
+            group=batch.group,
+            scale=self.scale,
+            bias=self.bias,
+        )
+
+    def _encode_captions(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if batch.negative_text is None:
+            return self.encode_text(batch.text), None
+        n, k, _ = batch.negative_text.shape
+        longest = max(batch.text.shape[-1], batch.negative_text.shape[-1])
+        tables = [batch.text, batch.negative_text.flatten(0, 1)]
+        padded = torch.cat([F.pad(table, (0, longest - table.shape[-1])) for table in tables])
+        text, negative_text = self.encode_text(padded).split([n, n * k])
+        return text, negative_text.unflatten(0, (n, k))
+
+    def with_image_features(self, batch: Batch) -> Batch:
+        """The batch with the locked trunk's outputs in place: student and teacher then share one pass through it."""
+        assert self.image_locked, "the features of a learning tower belong to its own forward"
+        if batch.image_features is not None:
+            return batch
+        return replace(batch, image_features=self.image_features(batch.image))
+
+    def image_features(self, image: UInt8[Tensor, "n c h w"] | None) -> Float[Tensor, "n f"]:
+        """The trunk's output; without gradient when it is locked. Pixels are normalised here, on their device."""
+        assert image is not None, "the batch holds neither pictures nor features"
+        mean, std = _pixel_statistics(self.preprocess, image.device)
+        pixels = ((image.float() - mean) / std).to(_dtype(self.image_tower))
+        # Convolutions run up to twice as fast with the channels innermost; transformers do not mind.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_locked):
+            return self.image_tower(pixels)
+
+    def encode_image(self, image: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Unit-length embeddings of preprocessed pictures."""
+        return self._project(self.image_features(image))
+
+    def _project(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
+        if not isinstance(self.image_head, nn.Identity):
+            features = self.image_head(features.to(_dtype(self.image_head)))
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_text(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
+        """Unit-length embeddings of texts, cut to any common length where the tower allows it (`tokenizer.trim`)."""
+        full = self.tokenizer.context_length
+        assert self.tokenizer.trim or tokens.shape[1] == full, f"this text tower needs all {full} positions"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked):
+            return F.normalize(self.text_tower(tokens).float(), dim=-1)
+
+    def embed_images(self, images: Sequence[Any] | np.ndarray, batch_size: int = 64) -> Float[Tensor, "n d"]:
+        """Embed pictures: PIL images, paths, or uint8 arrays (h w 3), in a list or as one array (n h w 3).
+
+        Returns float32 on the CPU, unit length. Raises UserError for a picture that cannot be read.
+        """
+        return self._embed(images, batch_size, lambda some: self.encode_image(self._pixels(some)))
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float[Tensor, "n d"]:
+        """Embed texts. Returns float32 on the CPU, unit length, in the order given."""
+        # Texts of like length go together, so that short ones carry little padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        embedded = self._embed([texts[i] for i in order], batch_size, lambda some: self.encode_text(self._tokens(some)))
+        return torch.empty_like(embedded).index_copy_(0, torch.tensor(order, dtype=torch.long), embedded)
+
+    def _embed(self, items: Any, size: int, encode: Callable[[Any], Tensor]) -> Float[Tensor, "n d"]:
+        """`encode` over the items, `size` at a time, in eval mode without gradient; the mode is restored."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                parts = [encode(items[i : i + size]).cpu() for i in range(0, len(items), size)]
+        finally:
+            self.train(training)
+        # Joined outside of inference mode, so that what is returned is an ordinary tensor.
+        return torch.cat([torch.empty(0, self.spec["embed_dim"]), *parts])
+
+    def _pixels(self, images: Sequence[Any]) -> UInt8[Tensor, "n c h w"]:
+        return torch.stack([load_pixels(image, self.preprocess) for image in images]).to(self.log_scale.device)
+
+    def _tokens(self, texts: Sequence[str]) -> Int64[Tensor, "n t"]:
+        return self.tokenizer(list(texts)).to(self.log_scale.device)
+
+
+def build(config: ModelConfig) -> DualEncoder:
+    """The dual encoder of `config`, with the weights it starts from.
+
+    Raises UserError for names, settings and weights that do not exist or do not belong together.
+    """
+    parts = from_open_clip(config.name) if config.name else _from_settings(config)
+    if config.bias is not None:
+        parts = parts._replace(bias=config.bias)
+    model = DualEncoder(parts, scale_max=config.scale_max)
+    if config.start:
+        weights_into(model, config.start)
+    with torch.no_grad():
+        if config.scale is not None:
+            model.log_scale.fill_(math.log(config.scale))
+        if model.bias is not None and config.bias is not None:
+            model.bias.fill_(config.bias)
+    return model.lock(image=config.lock_image, text=config.lock_text)
+
+
+def _from_settings(config: ModelConfig) -> Parts:
+    image, spec = config.image, custom_spec(config)
+    if config.lock_image and image.timm and image.pool == "attention" and not config.start:
+        raise UserError(
+            "model.lock_image: locks an attention pooling that has never learned; use model.image.pool: avg"
+        )
+    towers = build_towers(spec)
+    if image.weights and isinstance(towers.image, TimmTower):
+        load_timm_weights(towers.image, image)
+    tokenizer = Tokenizer("clip", config.text.context_length, trim=trims_exactly(towers.text))
+    return Parts(spec, towers, tokenizer, Preprocess(image.size, image.mean, image.std))
+
+
+def load_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "3 s s"]:
+    """A PIL image, a path or a uint8 array (h w 3) at the tower's size. Raises UserError when it cannot be read."""
+    if isinstance(image, Image.Image):
+        return fit(to_pixels(image.convert("RGB")), preprocess)
+    if isinstance(image, str | Path):
+        try:
+            return decode(Path(image).read_bytes(), preprocess)
+        except (OSError, Unreadable) as error:
+            raise UserError(f"{image}: {error}") from error
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"a picture should be a uint8 array (h w 3), found {array.dtype} {array.shape}")
+    return fit(torch.tensor(array).permute(2, 0, 1), preprocess)
+
+
+@lru_cache
+def _pixel_statistics(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of 0…255 pixels, [3 1 1] in float32; as buffers, engines would round them to bf16."""
+    with torch.inference_mode(False):
+        mean, std = (
+            torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std)
+        )
+    return mean, std
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+class _ClampAbove(torch.autograd.Function):
+    """min(x, most), whose gradient is stopped only where a step would go further beyond the bound.
+
+    An ordinary clamp has no gradient above the bound and so never lets the parameter come back; editing the parameter
+    after the step does nothing under sharded engines.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        return grad.masked_fill((x >= ctx.most) & (grad < 0), 0.0), None

@@ -1,0 +1,264 @@
+"""Towers from a `spec`: a JSON-able description that rebuilds the modules without network or further files.
+
+    {"embed_dim": 128, "activation": "gelu",
+     "image": {"kind": "timm", "name": "resnet18", "cfg": {...}, "pool": "attention", "size": 96}
+            | {"kind": "open_clip", "cfg": {CLIPVisionCfg}},
+     "text": {CLIPTextCfg}, "dropout": 0.0}
+
+Axes: n pictures or texts, c h w pixels, t tokens, f trunk features, d embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import timm
+import torch
+from jaxtyping import Float, Int64
+from open_clip.transformer import TextTransformer
+from safetensors.torch import load_file
+from timm.layers.attention_pool2d import AttentionPool2d
+from torch import Tensor, nn
+
+from clipkit.config import ImageTower, ModelConfig
+from clipkit.errors import UserError, did_you_mean
+
+Spec = dict[str, Any]
+VOCABULARY = 49408
+"""CLIP's byte-pair vocabulary."""
+
+
+class Towers(NamedTuple):
+    """Picture → [n f] → [n d] and tokens → [n d]; none of them normalises."""
+
+    image: nn.Module
+    image_head: nn.Module
+    text: nn.Module
+
+
+def custom_spec(config: ModelConfig) -> Spec:
+    """The spec of a model of one's own making, from `model.image`, `model.text` and `model.embed_dim`."""
+    image, text = config.image, config.text
+    if image.timm:
+        vision: Spec = {"kind": "timm", "name": image.timm, "cfg": image.cfg, "pool": image.pool, "size": image.size}
+    else:
+        _check_names("model.image.cfg", image.cfg, open_clip.CLIPVisionCfg)
+        if image.cfg.get("image_size", image.size) != image.size:
+            raise UserError(
+                f"model.image.cfg.image_size: {image.cfg['image_size']}, but model.image.size is {image.size}"
+            )
+        vision = {"kind": "open_clip", "cfg": {**image.cfg, "image_size": image.size}}
+    sizes = text.model_dump(exclude={"dropout"})
+    spec = {
+        "embed_dim": config.embed_dim,
+        "activation": "gelu",
+        "image": vision,
+        "text": {"vocab_size": VOCABULARY, **sizes},
+        "dropout": text.dropout,
+    }
+    return json.loads(json.dumps(spec))
+
+
+def open_clip_spec(cfg: dict[str, Any], *, quick_gelu: bool) -> Spec:
+    """The spec of an open_clip model config; base weights of its towers are never fetched when it is rebuilt."""
+    vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    spec = {
+        "embed_dim": cfg["embed_dim"],
+        "activation": "quickgelu" if quick_gelu else "gelu",
+        "image": {"kind": "open_clip", "cfg": vision},
+        "text": text,
+        "dropout": 0.0,
+    }
+    return json.loads(json.dumps(spec))
+
+
+def build_towers(spec: Spec) -> Towers:
+    """Freshly initialised towers. Raises UserError where `cfg` cannot be built."""
+    image = spec["image"]
+    # A timm tower replaces this throw-away one: open_clip builds text towers only together with a vision tower.
+    vision: Any = image["cfg"] if image["kind"] == "open_clip" else {"layers": 1, "width": 64, "image_size": 32}
+    quick_gelu = spec["activation"] == "quickgelu"
+    try:
+        pair = open_clip.CustomTextCLIP(spec["embed_dim"], vision, spec["text"], quick_gelu=quick_gelu)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"open_clip cannot build image {vision} with text {spec['text']}: {error}") from error
+    towers = open_clip_towers(pair)
+    if spec["dropout"]:
+        text: Any = towers.text
+        text.token_embedding = DroppedEmbedding.like(text.token_embedding, spec["dropout"])
+    if image["kind"] == "open_clip":
+        return towers
+    trunk = TimmTower(image["name"], image["cfg"], pool=image["pool"], size=image["size"])
+    return Towers(trunk, nn.Linear(trunk.features, spec["embed_dim"]), towers.text)
+
+
+def open_clip_towers(model: nn.Module) -> Towers:
+    """The two towers of an open_clip model built with a separate text tower; both project to [n d] themselves."""
+    image: Any = model.visual
+    text: Any = model.text
+    # CoCa's towers also hand out tokens for its decoder.
+    image.output_tokens = text.output_tokens = False
+    if isinstance(text, TextTransformer) and text.attn_mask is not None:
+        text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
+    return Towers(image, nn.Identity(), text)
+
+
+def trims_exactly(text: nn.Module) -> bool:
+    """Whether padding cannot reach the pooled token, so that texts may be cut to the longest of a call.
+
+    True for causal transformers that pool at the end of the text; not for bidirectional ones, for pooling at the last
+    position, and not for CoCa, whose class token sits behind the padding.
+    """
+    return (
+        isinstance(text, TextTransformer)
+        and text.attn_mask is not None
+        and text.cls_emb is None
+        and text.pool_type in ("argmax", "eos")
+    )
+
+
+def _cut_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # open_clip cuts its position embedding to the text's length but hands the causal mask on uncut.
+    length, mask = args[0].shape[1], kwargs["attn_mask"]
+    return args, kwargs | {"attn_mask": mask[..., :length, :length]}
+
+
+def _check_names(path: str, cfg: dict[str, Any], schema: type) -> None:
+    valid = {f.name for f in dataclasses.fields(schema)}
+    problems = [f"{path}.{name}: no such setting{did_you_mean(name, valid)}" for name in cfg if name not in valid]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+class TimmTower(nn.Module):
+    """A timm network without its classifier: picture [n 3 size size] → features [n f].
+
+    `cfg` holds keyword arguments of `timm.create_model`; small networks for 48–96 pixels, as found under `model.image`:
+
+        timm: resnet18                                   # 1.2 M parameters, a 6 × 6 map of 256 channels at 96 px
+        cfg: {layers: [1, 1, 1, 1], channels: [32, 64, 128, 256], output_stride: 16}
+        size: 96
+        pool: attention
+
+        timm: vit_tiny_patch16_224                       # 0.9 M parameters, 64 patches at 64 px
+        cfg: {img_size: 64, patch_size: 8, embed_dim: 128, depth: 4, num_heads: 4}
+        size: 64
+
+    `pool`: `avg` averages the map; `attention` is a learned query over the map with a learned position embedding
+    (timm's AttentionPool2d, CLIP's own for ResNets), so that *where* things are survives.
+    Raises UserError for an unknown name, a `cfg` the network does not take, or a map attention cannot pool.
+    """
+
+    def __init__(self, name: str, cfg: dict[str, Any], *, pool: str, size: int):
+        super().__init__()
+        if not timm.is_model(name):
+            raise UserError(f"model.image.timm: no architecture called {name}{did_you_mean(name, timm.list_models())}")
+        pooling = "avg" if pool == "avg" else ""
+        try:
+            self.trunk: Any = timm.create_model(name, pretrained=False, num_classes=0, global_pool=pooling, **cfg)
+            shape = _output_shape(self.trunk, size)
+        except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+            raise UserError(f"model.image: timm cannot build {name} with {cfg} at {size} pixels: {error}") from error
+        self.features = shape[1]
+        self.pool: nn.Module = nn.Identity()
+        if pool == "attention":
+            self.pool = _attention_pool(name, shape)
+
+    def forward(self, image: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f"]:
+        return self.pool(self.trunk(image))
+
+
+def _output_shape(trunk: nn.Module, size: int) -> torch.Size:
+    with torch.no_grad():
+        shape = trunk.eval()(torch.zeros(1, 3, size, size)).shape
+    trunk.train()
+    return shape
+
+
+def _attention_pool(name: str, shape: torch.Size) -> nn.Module:
+    if len(shape) != 4:
+        raise UserError(
+            f"model.image.pool: attention needs a feature map (n c h w); {name} gives {list(shape)}: use avg"
+        )
+    channels = shape[1]
+    head = next(width for width in (64, 32, 16, 8, 4, 2, 1) if channels % width == 0)
+    return AttentionPool2d(channels, feat_size=(shape[2], shape[3]), head_dim=head)
+
+
+def load_timm_weights(tower: TimmTower, config: ImageTower) -> None:
+    """Fill the trunk from the local safetensors file `config.weights` (any float type).
+
+    Only the classifier may be left over, and only batch counters may be missing; anything else is a UserError.
+    """
+    path = Path(config.weights)
+    if not path.is_file():
+        raise UserError(f"model.image.weights: {path}: no such file")
+    state = {key: value.float() for key, value in load_file(path).items()}
+    own = tower.trunk.state_dict()
+    classifier = tower.trunk.pretrained_cfg["classifier"]
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    left_over = [key for key in state if key not in own and not key.startswith(heads)]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    for problem, keys in (("does not know", left_over), ("misses", missing), ("has another shape of", shapes)):
+        if keys:
+            raise UserError(
+                f"model.image.weights: {path} is not for {config.timm} with {config.cfg}: "
+                f"the {'network' if keys is left_over else 'file'} {problem} {keys[0]} (and {len(keys) - 1} more)"
+            )
+    tower.trunk.load_state_dict(state | {k: v for k, v in own.items() if k not in state}, strict=False)
+
+
+class DroppedEmbedding(nn.Embedding):
+    """A token embedding with dropout on its output while training.
+
+    The mask is a hash of one number drawn from torch's CPU generator and of each text's own tokens, so that it does
+    not depend on how the batch is cut into ranks or padded: with equal generators every split drops the same values.
+    """
+
+    rate: float
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, rate: float) -> DroppedEmbedding:
+        """The same embedding table, with dropout."""
+        out = cls(embedding.num_embeddings, embedding.embedding_dim)
+        out.weight = embedding.weight
+        out.rate = rate
+        return out
+
+    def forward(self, input: Int64[Tensor, "n t"]) -> Float[Tensor, "n t w"]:
+        out = super().forward(input)
+        if not self.training:
+            return out
+        salt = int(torch.randint(2**31, ()))
+        kept = keep_mask(input, out.shape[-1], self.rate, salt)
+        return out * kept / (1 - self.rate)
+
+
+def keep_mask(tokens: Int64[Tensor, "n t"], width: int, rate: float, salt: int) -> Tensor:
+    """Which of n × t × width values are kept: each with probability 1 - `rate`, as a function of text and `salt`.
+
+    Padding (token 0) adds nothing to a text's hash. The mixing is murmur3's 32-bit finaliser.
+    """
+    position = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    mixed = _mix((tokens * 64 + position * 0x9E3779B1 + salt).int())
+    text = (mixed * (tokens != 0)).sum(1, dtype=torch.int32)
+    place = _mix(text[:, None] + (position * 0x85EBCA77).int())
+    channel = _mix((torch.arange(width, device=tokens.device) * 0xC2B2AE3D + salt).int())
+    noise = _mix(place[:, :, None] ^ channel)
+    return noise >= int(rate * 2**32) - 2**31
+
+
+def _mix(x: Tensor) -> Tensor:
+    # int32 products wrap around; the masks make the arithmetic right shifts logical ones.
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)

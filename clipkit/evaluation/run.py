@@ -1,0 +1,129 @@
+"""`evaluate`: a model and some benchmarks in; results, JSON files and a table out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clipkit.errors import UserError
+from clipkit.evaluation import benchmark as data
+from clipkit.evaluation import compositional, retrieval, zeroshot
+from clipkit.evaluation.benchmark import Benchmark
+from clipkit.evaluation.embed import Embedder, Model
+from clipkit.evaluation.result import Result, Task
+from clipkit.evaluation.roots import EVERYWHERE, Roots
+
+PREPARE = {"compositional": compositional.prepare, "zeroshot": zeroshot.prepare, "retrieval": retrieval.prepare}
+"""Kind -> how its data is found and read; the task it returns scores itself."""
+
+
+def evaluate(
+    model: Model,
+    suite: str | None = None,
+    benchmarks: Sequence[str | Path] | None = None,
+    roots: Mapping[str, str | Path] | None = None,
+    out: str | Path | None = None,
+    allow_missing: bool = False,
+    tie: Literal["official", "strict", "half", "lenient"] = "official",
+    model_name: str = "",
+    *,
+    batch_size: int = 64,
+    show: bool = True,
+) -> list[Result]:
+    """Run a suite, or benchmarks by name or YAML path, and return one Result each.
+
+    `roots`: source -> folder, tar or glob of tars; under "*" a folder that holds the others. `out`: folder for
+    <benchmark>.json. Every picture and text is embedded once, shared over the ranks; every rank gets the results, the
+    first one writes and (`show`) prints. Raises one UserError for everything that is missing, unless `allow_missing`.
+    """
+    from clipkit.distributed import is_main
+
+    chosen = [data.load(name) for name in _names(suite, benchmarks)]
+    places = Roots(roots)
+    tasks = _prepared(chosen, places, allow_missing)
+    embedder = Embedder(model, places, batch_size=batch_size, progress=show)
+    # All at once: one progress bar with an honest time left, and like lengths together across benchmarks.
+    embedder.pictures([picture for task in tasks for picture in task.pictures])
+    embedder.texts([text for task in tasks for text in task.texts])
+    results = [task.score(embedder, tie) for task in tasks]
+    for result in results:
+        result.model = model_name
+        if out is not None and is_main():
+            result.save(out)
+    if show and is_main():
+        print_results(results)
+    return results
+
+
+def _names(suite: str | None, benchmarks: Sequence[str | Path] | None) -> list[str | Path]:
+    names: list[str | Path] = [*(data.suite(suite) if suite else []), *(benchmarks or [])]
+    if not names:
+        raise UserError("nothing to evaluate: name a suite (eval/suites.yaml) or benchmarks")
+    return list(dict.fromkeys(names))
+
+
+def _prepared(chosen: list[Benchmark], roots: Roots, allow_missing: bool) -> list[Task]:
+    tasks: list[Task] = []
+    problems = []
+    for benchmark in chosen:
+        roots.sources.update(benchmark.sources)
+        try:
+            tasks.append(PREPARE[benchmark.kind](benchmark, roots, allow_missing))
+        except UserError as error:
+            problems.append(f"{benchmark.name}: {error}")
+    if problems:
+        hint = (
+            f"say where sources lie: --root SOURCE=FOLDER_OR_TAR (SOURCE '{EVERYWHERE}': a folder with all of them)"
+            + ("" if allow_missing else "; --allow-missing evaluates what is there and reports the coverage")
+        )
+        raise UserError("\n".join([*problems, hint]))
+    return tasks
+
+
+def print_results(results: Sequence[Result], console: Console | None = None) -> None:
+    """A table for people: headline and aggregates with intervals, chance and the best blind guess, in percent."""
+    console = console or Console()
+    table = Table(title=results[0].model or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("benchmark · metric", no_wrap=True)
+    for name in ("value", "95 %", "chance", "blind", "ties", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(f"[bold]{result.benchmark}[/bold]")
+        for key in _shown(result):
+            table.add_row(f"  {key}", *_cells(result, key))
+    console.print(table)
+    for result in results:
+        if result.coverage["share"] < 1:
+            missing = ", ".join(f"{count} of {src}" for src, count in result.coverage["missing"].items())
+            console.print(f"{result.benchmark}: coverage {result.coverage['share']:.1%}, missing pictures: {missing}")
+
+
+def _shown(result: Result) -> list[str]:
+    """Headline first, then the same score's aggregates and every other score's micro."""
+    score = result.headline.partition("/")[0]
+    same = [key for key in result.metrics if result.kind != "compositional" or key.startswith(f"{score}/")]
+    others = [key for key in result.metrics if key.endswith("/micro")]
+    return list(dict.fromkeys([result.headline, *same, *others]))
+
+
+def _cells(result: Result, key: str) -> list[str]:
+    metric = result.metrics[key]
+    blind = [b["metrics"][key] for b in result.baselines.values() if key in b["metrics"]]
+    ties = result.tie["rate"] if key == result.headline else None
+    return [
+        _number(metric.value, key),
+        f"{_number(metric.low, key)}–{_number(metric.high, key)}",
+        "" if metric.chance is None else _number(metric.chance, key),
+        _number(max(blind), key) if blind else "",
+        "" if ties is None else f"{100 * ties:.1f}",
+        str(metric.n),
+    ]
+
+
+def _number(value: float, key: str) -> str:
+    return f"{value:.0f}" if key.endswith("rank") else f"{100 * value:.1f}"

@@ -1,0 +1,131 @@
+"""One engine from one loop: a single process, DDP, or DeepSpeed ZeRO-1/2, through accelerate.
+
+The traps this file exists for (docs/log.md has the measurements): accelerate on CPU under torchrun silently runs
+unconnected trainings; DeepSpeed clips at 1.0 unless told otherwise, compiles an unused shared-memory op on CPU and
+looks for MPI when no process group is up; gloo must be asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipkit.config import Config
+from clipkit.errors import UserError
+
+
+class Engine:
+    """Holds the wrapped model and optimizer; knows how to run one step on this topology."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.deepspeed = config.engine.kind == "deepspeed"
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.batch_size % self.world:
+            raise UserError(f"batch_size: {config.batch_size} pairs cannot be split evenly over {self.world} ranks")
+        _start_process_group(self.world, config.engine.timeout_s, needed=self.deepspeed)
+        self.accelerator = _accelerator(config, self.world)
+        self.device: torch.device = self.accelerator.device
+        self.model: nn.Module
+        self.optimizer: Any
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the model for this topology. Raises UserError where the wrapped model could not be right."""
+        self.bare: Any = _synchronise_norms(model, self.world, self.device).to(self.device)
+        if self.world == 1 and not self.deepspeed:
+            self.model, self.optimizer = self.bare, optimizer
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 compute on fp32 parameters when asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Backward, clip, update. Returns the global gradient norm before clipping (left on the device)."""
+        clip = self.config.optim.grad_clip or float("inf")
+        self.accelerator.backward(loss)
+        if self.deepspeed:  # backward has clipped and stepped already
+            return torch.as_tensor(self.model.get_global_grad_norm())  # type: ignore[operator]
+        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def close(self) -> None:
+        """Leave the process group in good order, so that no rank aborts at exit."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _start_process_group(world: int, timeout_s: int, needed: bool) -> None:
+    if needed and not torch.cuda.is_available():
+        # This op is only for inference, and compiling it costs half a minute or fails without a compiler.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    if dist.is_initialized() or (world == 1 and not needed):
+        return
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def _accelerator(config: Config, world: int) -> Any:
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several times (tests, the demo)
+    on_cpu = not torch.cuda.is_available()
+    plugin = None
+    if config.engine.kind == "deepspeed":
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world))
+    accelerator = Accelerator(
+        cpu=on_cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")] if world > 1 or plugin else [],
+    )
+    assert accelerator.num_processes == world, f"{accelerator.num_processes} processes joined, {world} were launched"
+    return accelerator
+
+
+def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
+    """The DeepSpeed settings of a run; every default that surprises is written out."""
+    return {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size // world,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.grad_clip,  # absent means 1.0, not off
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _synchronise_norms(model: nn.Module, world: int, device: torch.device) -> nn.Module:
+    """Batch norms that learn must see the global batch, or the loss would depend on the number of ranks."""
+    learning = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _learns(m)]
+    if world == 1 or not learning:
+        return model
+    if device.type == "cpu":
+        raise UserError(
+            f"model: {len(learning)} batch norms in a learning tower cannot be synchronised on CPU; "
+            "use one process, lock the tower, or a tower with group or layer norm"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,147 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, and a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.config import Config
+from clipkit.training.optim import learning_rate
+
+
+class RunLog:
+    """The meters of a run. Every rank keeps one (skips are counted on all); the main rank's writes.
+
+    The caller says `waited()` when a batch has arrived, `step(...)` when the step is done and `evaluation(...)`
+    after an evaluation, so that the share of time spent waiting for data and the samples/s are the training's own.
+    """
+
+    def __init__(self, folder: Path, config: Config, start: int):
+        self._config = config
+        self._writer = _Writer(folder, start, config) if distributed.is_main() else None
+        self._skipped: Counter[str] = Counter()
+        self._waited = 0.0
+        self._mark = self._line_mark = time.perf_counter()
+        self._line_step = start
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def waited(self) -> None:
+        """The batch has arrived: everything since the step before was waiting for data."""
+        self._waited += time.perf_counter() - self._mark
+
+    def step(
+        self,
+        step: int,
+        loss: Tensor,
+        terms: dict[str, Tensor],
+        norm: Tensor,
+        scale: Tensor,
+        skipped: list[tuple[str, str]],
+    ) -> None:
+        """Count a finished step; every `log_every` steps and at the end write a line."""
+        self._skipped.update(reason for _, reason in skipped)
+        if self._writer:
+            self._writer.tick(step)
+        if step % self._config.log_every == 0 or step == self._config.steps:
+            self._line(step, loss, terms, norm, scale)
+        self._mark = time.perf_counter()
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Write the headline numbers of an evaluation; its time is not the training's."""
+        if self._writer:
+            self._writer.write(step, {"evaluation": values})
+        pause = time.perf_counter() - self._mark
+        self._line_mark += pause
+        self._mark += pause
+
+    def _line(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, scale: Tensor) -> None:
+        value = float(loss)
+        if not math.isfinite(value):
+            bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
+            raise FloatingPointError(f"step {step}: the loss is {value}; terms not finite: {', '.join(bad)}")
+        skipped: Counter[str] = Counter()
+        for counts in distributed.gather_objects(self._skipped):
+            skipped.update(counts)
+        now = time.perf_counter()
+        elapsed = max(now - self._line_mark, 1e-9)
+        row = {
+            "loss": value,
+            **{f"term/{name}": float(term) for name, term in terms.items()},
+            "lr": learning_rate(step - 1, self._config),
+            "grad_norm": float(norm),
+            "scale": float(scale),
+            "data_wait": self._waited / elapsed,
+            "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,
+            **{f"skipped/{reason}": count for reason, count in skipped.items()},
+        }
+        self._waited, self._line_mark, self._line_step = 0.0, now, step
+        if self._writer:
+            self._writer.write(step, row)
+
+
+class _Writer:
+    """Files and the progress bar. Lines beyond `start`, left by a killed run, are dropped."""
+
+    def __init__(self, folder: Path, start: int, config: Config):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        self._keep_lines_until(start)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self._batch_size = config.batch_size
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(config.name, total=config.steps, completed=start, shown="")
+        self._bar.start()
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+    def tick(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, "samples": step * self._batch_size, **row}) + "\n")
+        self._file.flush()
+        for name, value in (row.get("evaluation") or row).items():
+            self._board.add_scalar(f"evaluation/{name}" if "evaluation" in row else name, value, step)
+        if "loss" in row:
+            terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
+            self._bar.update(
+                self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s"
+            )
+
+    def _keep_lines_until(self, step: int) -> None:
+        if not self._path.is_file():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, self._path)

@@ -1,0 +1,121 @@
+"""Read this first: one plain loop carries shards through the dual encoder and the objective to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipkit import config as configuration
+from clipkit import distributed
+from clipkit.config import Config
+from clipkit.data.features import FeatureStore
+from clipkit.data.loader import Loader
+from clipkit.data.plan import Plan
+from clipkit.data.shards import Index
+from clipkit.errors import UserError
+from clipkit.evaluation.run import evaluate
+from clipkit.model.dual_encoder import DualEncoder, build
+from clipkit.model.teacher import Teacher
+from clipkit.objective import objective
+from clipkit.training import checkpoint
+from clipkit.training.engine import Engine
+from clipkit.training.features import cached_features
+from clipkit.training.log import RunLog
+from clipkit.training.optim import build_optimizer, learning_rate, set_learning_rate
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Carry out the run; returns its folder. Killed at any step and resumed, it ends as if never killed."""
+    folder = _open_run(config, resume)
+    engine = Engine(config)
+    _seed(config.seed)
+    index = Index.load(config.data.train, on_error=config.data.on_error)
+    plan = Plan(index, batch_size=config.batch_size, seed=config.seed, lanes=config.data.lanes)
+    model = build(config.model)
+    teacher = None if config.teacher.kind == "none" else Teacher(model, config.teacher, config.steps)
+    features = cached_features(model, index, engine.device) if config.data.cache_image_features else None
+    engine.prepare(model, build_optimizer(model, config.optim))
+    if teacher:
+        teacher.to(engine.device)
+    start = checkpoint.restore(folder, engine, teacher, index.fingerprint) if resume else 0
+    loader = _loader(config, index, plan, model, features)
+    last = start
+    with RunLog(folder, config, start) as log:
+        for step, batch in zip(range(start, config.steps), loader.steps(start, config.steps), strict=True):
+            log.waited()
+            set_learning_rate(engine.optimizer, learning_rate(step, config))
+            batch = batch.to(engine.device)
+            with engine.autocast():
+                if engine.bare.image_locked:
+                    batch = engine.bare.with_image_features(batch)  # student and teacher share one pass
+                z = engine.model(batch)
+                if teacher:
+                    z.teacher = teacher.embed(batch)
+            loss, terms = objective(z.world(), config.objective)
+            norm = engine.step(loss)
+            if teacher:
+                teacher.update(engine.bare)
+            last = step + 1
+            log.step(last, loss.detach(), terms, norm, z.scale.detach(), batch.skipped)
+            if _due(last, config.save_every, config):
+                checkpoint.save(folder, last, engine, teacher, config, plan.position(last))
+            if _due(last, config.evaluate_every, config):
+                log.evaluation(last, _evaluate(config, engine.bare, folder))
+    if start < config.steps:
+        checkpoint.save(folder, last, engine, teacher, config, plan.position(last))
+    engine.close()
+    return folder
+
+
+def _open_run(config: Config, resume: bool) -> Path:
+    """The run folder with its resolved config. Refuses to write over another run."""
+    folder = config.run_folder
+    begun = bool(checkpoint.whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
+    if begun and not resume:
+        raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name= or out=")
+    if not config.data.train:
+        raise UserError("data.train: names no shards; set it to tar files or globs")
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(configuration.dump(config))
+    return folder
+
+
+def _seed(seed: int) -> None:
+    """The same start on every rank; everything about the data is seeded by the plan and the sample ids."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _loader(config: Config, index: Index, plan: Plan, model: DualEncoder, features: FeatureStore | None) -> Loader:
+    return Loader(
+        index,
+        plan,
+        data=config.data,
+        preprocess=model.preprocess,
+        tokenizer=model.tokenizer,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        features=features,
+    )
+
+
+def _due(step: int, every_samples: int, config: Config) -> bool:
+    """Whether this step crosses a multiple of `every_samples` (the last step is saved by the caller anyway)."""
+    if not every_samples or step >= config.steps:
+        return False
+    return step * config.batch_size // every_samples > (step - 1) * config.batch_size // every_samples
+
+
+def _evaluate(config: Config, model: DualEncoder, folder: Path) -> dict[str, float]:
+    """Headline numbers of the suite; the results so far lie in the run's results/. Every rank takes part."""
+    results = evaluate(
+        model, suite=config.suite, roots=config.roots, out=folder / "results", model_name=config.name, show=False
+    )
+    return {result.benchmark: result.score.value for result in results}

@@ -1,0 +1,203 @@
+"""Zero-shot: the classifier recipe, metrics, ties, and `classify` on what users hand over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from clipkit.errors import UserError
+from clipkit.evaluation import benchmark as data
+from clipkit.evaluation.embed import Embedder
+from clipkit.evaluation.roots import Roots
+from clipkit.evaluation.zeroshot import classify, prepare, weights
+from tests.evaluation.fakes import Constant, Counting, Random, name_of, picture
+
+CLASSES = ["red_fox", "cat", "dog", "cow", "owl", "bee", "elk"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class c has 4 + c pictures; pictures are told apart by their number."""
+    number = 0
+    for c, name in enumerate(CLASSES):
+        for _ in range(4 + c):
+            path = tmp_path / "set" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(number).save(path)
+            number += 1
+    (tmp_path / "set" / "about.txt").write_text("not a picture")
+    return tmp_path
+
+
+class Knows(Counting):
+    """Pictures of class c lie on axis c; `wrong` pictures on the next one."""
+
+    def __init__(self, wrong=()):
+        super().__init__()
+        labels = np.repeat(np.arange(7), np.arange(4, 11))
+        self.place = {name_of(picture(n)): int(c) + (n in wrong) for n, c in enumerate(labels)}
+
+    def vector(self, key):
+        if key in self.place:
+            return np.eye(7)[self.place[key] % 7]
+        words = [name.replace("_", " ") for name in CLASSES]
+        return np.eye(7)[next(c for c, word in enumerate(words) if word in key)] + len(key) / 100
+
+
+def run(folder, model, tie="official", allow_missing=False, **changes):
+    fields = {"name": "own", "kind": "zeroshot", "version": "1", "title": "own", "images": ["src:set"]}
+    fields |= {"classes": CLASSES, "templates": ["a {}", "the {} here"]} | changes
+    (folder / "own.yaml").write_text(json.dumps(fields))
+    roots = Roots({"src": folder})
+    task = prepare(data.load(folder / "own.yaml"), roots, allow_missing)
+    return task.score(Embedder(model, roots), tie)
+
+
+def test_oracle(folder):
+    result = run(folder, Knows())
+    assert {name: metric.value for name, metric in result.metrics.items()} == {
+        "top1": 1.0,
+        "mean_per_class": 1.0,
+        "top5": 1.0,
+    }
+    assert result.n == sum(range(4, 11)) and result.headline == "top1"
+    assert result.details["confusions"] == []
+
+
+def test_mean_per_class_and_confusions(folder):
+    # All four red foxes are taken for cats.
+    result = run(folder, Knows(wrong=range(4)))
+    assert result.metrics["top1"].value == pytest.approx(45 / 49)
+    assert result.metrics["mean_per_class"].value == pytest.approx(6 / 7)
+    assert result.metrics["top1"].chance == pytest.approx(1 / 7)
+    assert result.details["confusions"] == [{"class": "red fox", "taken_for": "cat", "count": 4, "share": 1.0}]
+    assert result.by_category["red fox"]["top1"].value == 0.0
+    item = result.items[0]
+    assert (item["category"], item["choice"], item["correct"]) == ("bee", "bee", 1.0)
+    wrong = [example for example in result.examples if example["correct"] == 0.0]
+    assert len(wrong) == 4 and len(result.examples) == 16
+    assert wrong[0]["texts"][wrong[0]["choice"][0]] == "cat" and [1] in [[m for m in wrong[0]["match"][0] if m]]
+
+
+def test_constant_and_random(folder):
+    strict = run(folder, Constant())
+    assert strict.metrics["top1"].value == strict.metrics["top5"].value == strict.metrics["mean_per_class"].value == 0
+    assert strict.tie["rate"] == 1.0
+    half = run(folder, Constant(), "half")
+    assert half.metrics["top1"].value == pytest.approx(1 / 7) and half.metrics["top5"].value == pytest.approx(5 / 7)
+    assert run(folder, Constant(), "lenient").metrics["top1"].value == 1.0
+    for seed in range(3):
+        metric = run(folder, Random(seed)).metrics["top1"]
+        assert metric.low - 0.05 <= 1 / 7 <= metric.high + 0.05
+
+
+def test_classes_of_one_name_tie(folder):
+    result = run(folder, Random(), classes={name: "thing" if n < 2 else name for n, name in enumerate(CLASSES)})
+    assert result.by_category["thing"]["top1"].value == 0.0
+
+
+def test_same_from_a_tar(folder):
+    with tarfile.open(folder / "set.tar", "w") as tar:
+        tar.add(folder / "set", arcname=".")
+    (folder / "own.yaml").unlink(missing_ok=True)
+    expected = run(folder, Random())
+    roots = Roots({"src": folder / "set.tar"})
+    fields = json.loads((folder / "own.yaml").read_text()) | {"images": ["src:"]}
+    (folder / "own.yaml").write_text(json.dumps(fields))
+    task = prepare(data.load(folder / "own.yaml"), roots)
+    assert task.score(Embedder(Random(), roots), "official").metrics == expected.metrics
+
+
+def test_several_sets_are_told_apart(folder):
+    shutil.copytree(folder / "set", folder / "other")
+    result = run(folder, Knows(), images=["src:set", "src:other"])
+    assert {place: scores["top1"].n for place, scores in result.breakdowns["images"].items()} == {
+        "set": 49,
+        "other": 49,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": [*CLASSES[:-1], "elks"]}, "folder elk is no class; did you mean elks"),
+        ({"classes": [*CLASSES, "ant"]}, "1 of 8 classes have no picture .* the first is ant"),
+        ({"images": ["src:sets"]}, "7 of 7 classes have no picture"),
+        ({"templates": ["a photo"]}, "template 'a photo': should hold {}"),
+    ],
+)
+def test_mistakes(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(folder, Random(), **changes)
+
+
+def test_allow_missing_reports_the_coverage(folder):
+    result = run(folder, Knows(), allow_missing=True, classes=[*CLASSES, "cat house"])
+    assert result.coverage["share"] == pytest.approx(7 / 8)
+    assert result.metrics["mean_per_class"].value == 1.0
+
+
+def test_classifier_is_the_mean_of_unit_prompts():
+    model = Random()
+    prompts = [["a cat", "the cat"], ["a dog"]]
+    rows = weights(Embedder(model, Roots()), prompts)
+    unit = {p: model.vector(p) / np.linalg.norm(model.vector(p)) for group in prompts for p in group}
+    mean = (unit["a cat"] + unit["the cat"]) / 2
+    assert np.allclose(rows, [mean / np.linalg.norm(mean), unit["a dog"]], atol=1e-6)
+
+
+def test_classify(folder):
+    model = Knows()
+    model.scale = 10.0
+    (first,) = classify(model, folder / "set" / "cat" / "4.png", CLASSES, ["a {}"], top=2)
+    assert first["image"] == str(folder / "set" / "cat" / "4.png")
+    assert first["classes"][0]["class"] == "cat" and len(first["classes"]) == 2
+    similarities = np.array(
+        [c["similarity"] for c in classify(model, picture(4), CLASSES, ["a {}"], top=7)[0]["classes"]]
+    )
+    expected = np.exp(10 * similarities) / np.exp(10 * similarities).sum()
+    assert first["classes"][0]["probability"] == pytest.approx(expected[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [None, 100.0])
+def test_scale_is_100_where_a_model_has_none(scale):
+    model = Random()
+    if scale:
+        model.scale = scale
+    assert classify(model, picture(0), ["a", "b"]) == classify(Random(), picture(0), ["a", "b"])
+
+
+def test_classify_takes_folders_globs_lists_and_files_of_names(folder):
+    names = folder / "classes.txt"
+    names.write_text("\n".join(CLASSES) + "\n\n")
+    by_folder = classify(Random(), folder / "set", names)
+    by_glob = classify(Random(), f"{folder}/set/**/*.png", ",".join(CLASSES))
+    several = [folder / "set" / "cat", picture(0)]
+    by_list = classify(Random(), several, {name: name.replace("_", " ") for name in CLASSES}, batch_size=2)
+    assert len(by_folder) == 49 and by_folder == by_glob
+    assert [row["image"] for row in by_list][-2:] == [str(folder / "set" / "cat" / "8.png"), "picture 5"]
+    assert by_list[0] == next(row for row in by_folder if row["image"].endswith("/4.png"))
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "message"),
+    [
+        ("none/*.png", "a,b", r"none/\*.png: no picture found"),
+        ([], "a,b", "no picture found"),
+        (picture(0), "a", "give at least two different names"),
+        (picture(0), "names.txt", "classes: no such file names.txt"),
+    ],
+)
+def test_classify_mistakes(images, classes, message):
+    with pytest.raises(UserError, match=message):
+        classify(Random(), images, classes)
+
+
+def test_classify_names_the_unreadable_picture(folder):
+    (folder / "set" / "cat" / "4.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"cannot read picture .*/cat/4.png"):
+        classify(Random(), folder / "set", CLASSES)

@@ -1,0 +1,261 @@
+"""Shards in, the same shards with rule negatives out: parallel over shards, resumable, the same for any `workers`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from clipkit.data.build import tracked
+from clipkit.data.members import Unreadable, read_sheet
+from clipkit.data.shards import Index, expand, write_atomic
+from clipkit.errors import UserError
+from clipkit.negatives.filters import keep
+from clipkit.registry import RULES
+
+KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "replace_nouns")
+"""DeGLA's five kinds, made by default."""
+SOURCE = "rule"
+"""The `source` of every negative made here; negatives from elsewhere stay in the shard."""
+LEDGER = ".negatives"
+"""Folder beside the shards with what is known of each finished one."""
+
+
+@dataclass
+class Report:
+    """What was made. `kinds` counts negatives, `covered` captions with at least one (of a kind, or "any").
+
+    `drops` counts candidates dropped and `empty` captions that offered nothing, each by kind and reason.
+    """
+
+    captions: int = 0
+    covered: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    drops: dict[str, Counter[str]] = field(default_factory=dict)
+    empty: dict[str, Counter[str]] = field(default_factory=dict)
+    shards: int = 0
+    kept_shards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of captions with at least one negative."""
+        return self.covered["any"] / self.captions if self.captions else 0.0
+
+    def add(self, other: Report) -> None:
+        """Count another report in."""
+        self.captions += other.captions
+        self.shards += other.shards
+        self.covered.update(other.covered)
+        self.kinds.update(other.kinds)
+        for mine, theirs in ((self.drops, other.drops), (self.empty, other.empty)):
+            for kind, reasons in theirs.items():
+                mine.setdefault(kind, Counter()).update(reasons)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain names and numbers; `share` included."""
+        return vars(self) | {"share": round(self.share, 4)}
+
+    def rows(self) -> list[tuple[str, int, str, str]]:
+        """(kind, negatives, share of captions covered, what was dropped) for a table."""
+        rows = []
+        for kind in sorted({*self.kinds, *self.drops, *self.empty}):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.drops.get(kind, Counter()).most_common())
+            rows.append((kind, self.kinds[kind], f"{self.covered[kind] / max(self.captions, 1):.1%}", reasons))
+        rows.append(("any", sum(self.kinds.values()), f"{self.share:.1%}", ""))
+        return rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which negatives a caption gets, besides the caption and its siblings."""
+
+    kinds: tuple[str, ...]
+    per_kind: int
+    seed: int
+
+
+def make(
+    shards: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    per_kind: int = 1,
+    seed: int = 0,
+    workers: int = 2,
+    progress: bool = True,
+) -> Report:
+    """Write every shard again, to `out`, with up to `per_kind` negatives of each kind for every caption in KEY.json.
+
+    Pictures and texts are copied byte for byte; negatives of another source stay. What a caption gets depends on it,
+    on the other captions of the picture, the kinds and the seed: not on workers or shards. A shard finished by an
+    earlier call with the same settings is kept. Raises UserError for an unknown kind, for shards of one name and for
+    an unreadable sheet.
+    """
+    recipe = Recipe(tuple(kinds or KINDS), per_kind, seed)
+    for kind in recipe.kinds:
+        RULES.entry(kind)
+    folder, started = Path(out), time.perf_counter()
+    jobs = [(path, folder / path.name, recipe) for path in expand(shards)]
+    _check_places([job[0] for job in jobs], folder)
+    total = Report()
+    pending = []
+    for job in jobs:
+        finished = _finished(*job)
+        if finished:
+            total.add(finished)
+            total.kept_shards += 1
+        else:
+            pending.append(job)
+    done = _run(pending, workers)
+    for report in tracked(done, "making negatives", len(pending)) if progress else done:
+        total.add(report)
+    total.seconds = time.perf_counter() - started
+    return total
+
+
+def negatives(
+    caption: str, recipe: Recipe, siblings: Sequence[str] = (), report: Report | None = None
+) -> list[dict[str, Any]]:
+    """The negatives of one caption: {"text", "kind", "source", "seed"} each, by kind; `report` counts them."""
+    report = report if report is not None else Report()
+    report.captions += 1
+    taken: set[str] = set()
+    found: list[dict[str, Any]] = []
+    for kind in recipe.kinds:
+        candidates = RULES[kind](caption, Random(f"{recipe.seed}:{kind}:{caption}"))
+        drops = report.drops.setdefault(kind, Counter())
+        texts = keep(candidates, caption, kind, limit=recipe.per_kind, siblings=siblings, taken=taken, drops=drops)
+        if texts:
+            report.covered[kind] += 1
+            report.kinds[kind] += len(texts)
+        else:
+            reason = candidates.reason or "every candidate dropped"
+            report.empty.setdefault(kind, Counter())[reason] += 1
+        found += [{"text": text, "kind": kind, "source": SOURCE, "seed": recipe.seed} for text in texts]
+    report.covered["any"] += bool(found)
+    return found
+
+
+def _check_places(paths: list[Path], folder: Path) -> None:
+    names = Counter(path.name for path in paths)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]}: {names[twice[0]]} shards have this name; make negatives folder by folder")
+    for path in paths:
+        if path.resolve() == (folder / path.name).resolve():
+            raise UserError(f"{folder}: the shards themselves lie here; choose another folder for the negatives")
+
+
+def _run(jobs: list[tuple[Path, Path, Recipe]], workers: int) -> Iterator[Report]:
+    """Reports of shards as they are finished."""
+    if workers == 1 or len(jobs) < 2:
+        yield from map(_make_shard, jobs)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    # Started afresh, not forked: the caller may hold threads (a trainer, a progress bar).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        for future in as_completed([pool.submit(_make_shard, job) for job in jobs]):
+            yield future.result()
+
+
+def _make_shard(job: tuple[Path, Path, Recipe]) -> Report:
+    """Write one shard and its line in the ledger."""
+    source, target, recipe = job
+    report = Report(shards=1)
+    index = Index.load(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for id in range(len(index)):
+                members = index.read(id)
+                try:
+                    members["json"] = _sheet(members, recipe, report)
+                except Unreadable as error:
+                    raise UserError(f"{index.where(id)}: {error}; mend the shard (clipkit shards check)") from None
+                _write(tar, index.key(id), members)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    entry = {"stamp": _stamp(source, target, recipe), "report": report.to_json()}
+    write_atomic(_ledger(target), json.dumps(entry).encode())
+    return report
+
+
+def _sheet(members: dict[str, bytes], recipe: Recipe, report: Report) -> bytes:
+    """KEY.json with the negatives of every caption."""
+    sheet = read_sheet(members)
+    made = []
+    for c, caption in enumerate(sheet.captions):
+        foreign = [n for n in sheet.negatives_of(c) if n.get("source") != SOURCE]
+        siblings = sheet.captions[:c] + sheet.captions[c + 1 :]
+        made.append(foreign + (negatives(caption, recipe, siblings, report) if caption else []))
+    record = json.loads(members["json"]) if "json" in members else {}
+    return json.dumps(record | {"captions": sheet.captions, "negatives": made}, ensure_ascii=False).encode()
+
+
+def _write(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    for suffix, data in members.items():
+        entry = tarfile.TarInfo(f"{key}.{suffix}")
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+
+
+def _ledger(target: Path) -> Path:
+    return target.parent / LEDGER / f"{target.name}.json"
+
+
+def _finished(source: Path, target: Path, recipe: Recipe) -> Report | None:
+    """The report of a shard that an earlier call finished with these settings."""
+    file = _ledger(target)
+    if not file.is_file() or not target.is_file():
+        return None
+    entry = json.loads(file.read_text())
+    if entry["stamp"] != _stamp(source, target, recipe):
+        return None
+    known = entry["report"]
+    return Report(
+        captions=known["captions"],
+        covered=Counter(known["covered"]),
+        kinds=Counter(known["kinds"]),
+        drops={kind: Counter(reasons) for kind, reasons in known["drops"].items()},
+        empty={kind: Counter(reasons) for kind, reasons in known["empty"].items()},
+        shards=1,
+    )
+
+
+def _stamp(source: Path, target: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a finished shard was made from, and how."""
+    settings = asdict(recipe) | {"kinds": list(recipe.kinds)}
+    state = source.stat()
+    return settings | {
+        "rules": _rules_mark(),
+        "source": [state.st_size, state.st_mtime_ns],
+        "size": target.stat().st_size,
+    }
+
+
+@cache
+def _rules_mark() -> str:
+    """Changes with the rules and their word lists, so that shards made by older ones are made again."""
+    folder = resources.files("clipkit.negatives")
+    files = [entry for place in (folder, folder / "data") for entry in place.iterdir() if entry.is_file()]
+    mark = hashlib.blake2b(digest_size=8)
+    for entry in sorted(files, key=lambda file: file.name):
+        mark.update(entry.read_bytes())
+    return mark.hexdigest()

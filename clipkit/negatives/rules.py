@@ -1,0 +1,277 @@
+"""The kinds of negatives made without a model: pure functions of (caption, rng) to candidate rewrites.
+
+DeGLA's five (arXiv 2504.16801): intra-sentence reshuffle {reshuffle, swap_nouns, swap_adjectives} and minimal
+substitution {replace_adjectives, replace_nouns}; beside them replace_verbs and replace_relations. A candidate always
+differs in meaning as far as words can tell; clipkit.negatives.filters has the last word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from random import Random
+from typing import TypeVar
+
+from clipkit.negatives.english import as_words, put, write
+from clipkit.negatives.lexicon import Lexicon, Noun, Value, lexicon
+from clipkit.negatives.orders import reorder
+from clipkit.negatives.swaps import alone, animate, equivalent, may_move, may_trade, moves, noun_for_slot, suits
+from clipkit.negatives.tagging import Parsed, Phrase, parse
+from clipkit.registry import rule
+
+Offer = TypeVar("Offer")
+
+OFFERS = 2
+"""Candidates made for each word that can be replaced."""
+
+
+class Rewrites(list[str]):
+    """Candidate rewrites of one caption, in random order; `reason` says why there are none."""
+
+    def __init__(self, texts: Iterable[str] = (), reason: str = ""):
+        super().__init__(texts)
+        self.reason = reason
+
+
+@rule()
+def reshuffle(caption: str, rng: Random, *, draws: int = 4) -> Rewrites:
+    """The same words in another order: all, trigrams, inside trigrams, noun phrases, nouns and attributes, the rest.
+
+    The four orders of ARO (arXiv 2210.01936) are among them; `draws` different ones are tried. Final punctuation stays
+    last.
+    """
+    if len(re.findall(r"\w+", caption)) < 3:
+        return Rewrites(reason="fewer than three words")
+    return _ordered(rng, reorder(caption, rng, draws), reason="every order drawn says the same")
+
+
+@rule()
+def swap_nouns(caption: str, rng: Random) -> Rewrites:
+    """Two noun phrases, or only their heads, change places; never across "and", "next to" and the like.
+
+    Candidates in which a living thing trades places with another, or a thing with a thing, come first.
+    """
+    lex, parsed = lexicon(), parse(caption)
+    phrases = [phrase for phrase in parsed.phrases if _is_thing(parsed, phrase, lex)]
+    if len(phrases) < 2:
+        return Rewrites(reason="fewer than two things")
+    alike, mixed = [], []
+    for a, b in combinations(phrases, 2):
+        if lex.nouns.related(a.lemma, b.lemma):
+            continue
+        same = equivalent(parsed, a, b, lex)
+        if same and parsed.attributes(a) == parsed.attributes(b):
+            continue
+        texts = alike if animate(a) == animate(b) else mixed
+        if not same and may_move(parsed, a, b):
+            texts.append(_exchange_phrases(parsed, a, b, caption))
+        into_a, into_b = noun_for_slot(b, a), noun_for_slot(a, b)
+        if into_a and into_b and not parsed.is_compound(a) and not parsed.is_compound(b):
+            texts.append(put(parsed, {a.stop - 1: into_a, b.stop - 1: into_b}, caption))
+    return _ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
+
+
+@rule()
+def swap_adjectives(caption: str, rng: Random) -> Rewrites:
+    """Two things exchange an attribute, of one class where there is such a pair; else one attribute moves over."""
+    lex, parsed = lexicon(), parse(caption)
+    owned = [(i, phrase) for phrase in parsed.phrases for i in phrase.modifiers]
+    owned += [(i, parsed.phrases[owner]) for i, owner in parsed.predicates]
+    owned = [(i, phrase) for i, phrase in owned if parsed.tokens[i].lower not in lex.fixed_attributes]
+    if not owned:
+        return Rewrites(reason="no attribute")
+    alike, mixed = [], []
+    for (i, a), (j, b) in combinations(owned, 2):
+        if a is b or not may_trade(parsed, i, a, j, b, lex):
+            continue
+        left, right = parsed.tokens[i], parsed.tokens[j]
+        text = put(parsed, {i: right.lower, j: left.lower}, caption)
+        if lex.attributes.groups(left.lower) & lex.attributes.groups(right.lower):
+            alike.append(text)
+        elif alone(parsed, i, a) and alone(parsed, j, b) and suits(left.lower, b, lex) and suits(right.lower, a, lex):
+            mixed.append(text)
+    words = as_words(parsed.tokens)
+    moved = (write([words[i] for i in order], caption) for order in moves(parsed, owned, lex))
+    texts = alike or mixed or list(moved)
+    return _ordered(rng, texts, reason="no two attributes whose exchange changes the meaning")
+
+
+@rule()
+def replace_adjectives(caption: str, rng: Random) -> Rewrites:
+    """One attribute (colour, size, age, material, mood, number, ...) becomes another value that excludes it."""
+    lex, parsed = lexicon(), parse(caption)
+    heads = {i: phrase for phrase in parsed.phrases for i in phrase.modifiers}
+    heads |= {i: parsed.phrases[owner] for i, owner in parsed.predicates}
+    said = {value.member for token in parsed.tokens for value in lex.attributes.by_name.get(token.lower, ())}
+    texts = []
+    for i, token in enumerate(parsed.tokens):
+        following = parsed.tokens[i + 1].lower if i + 1 < len(parsed.tokens) else ""
+        if token.letter not in "JC" or token.lower not in lex.attributes or following in lex.never_before:
+            continue
+        loose = i not in heads and not lex.attributes.groups(token.lower) & {"colours", "moods"}
+        measure = token.letter == "C" and i in heads and heads[i].head in lex.nouns.fixed
+        if loose or measure or (i in heads and parsed.is_negated(heads[i])):
+            continue
+        offers = _attribute_offers(token.lower, heads.get(i), lex)
+        fresh = [o.name for o in _draw(rng, offers) if o.member not in said]
+        texts += [put(parsed, {i: name}, caption) for name in fresh[:OFFERS]]
+    return _ordered(rng, texts, reason="no attribute with a known opposite or alternative")
+
+
+@rule()
+def replace_nouns(caption: str, rng: Random) -> Rewrites:
+    """One noun becomes a co-hyponym: another thing of its kind, no synonym or hypernym of anything in the caption."""
+    lex, parsed = lexicon(), parse(caption)
+    lemmas = {phrase.lemma for phrase in parsed.phrases}
+    said = set[str]().union(*map(lex.nouns.kin, lemmas))
+    texts = []
+    for phrase in parsed.phrases:
+        if parsed.is_negated(phrase):
+            continue
+        head = phrase.stop - 1
+        game = _game_modifier(parsed, phrase, lex)
+        if game is not None:
+            games = [o.lemma for o in _draw(rng, lex.nouns.offers(game)) if o.lemma not in lemmas]
+            texts += [put(parsed, {head - 1: name}, caption) for name in games[:OFFERS]]
+        if phrase.sense is None or phrase.head in lex.nouns.fixed or parsed.is_compound(phrase):
+            continue
+        if parsed.after(phrase) == "of" or (phrase.sense.count == "mass" and parsed.before(phrase) == "of"):
+            continue
+        drawn = [o for o in _draw(rng, lex.nouns.offers(phrase.sense)) if o.lemma not in said]
+        for offer, form in [(o, form) for o in drawn if (form := noun_for_slot(o, phrase))][:OFFERS]:
+            changes = {head: form} | _pronouns(parsed, phrase, offer, lex)
+            texts.append(put(parsed, changes, caption))
+    return _ordered(rng, texts, reason="no noun with a known co-hyponym")
+
+
+@rule()
+def replace_verbs(caption: str, rng: Random) -> Rewrites:
+    """One verb becomes another action that excludes it, in the same form."""
+    lex, parsed = lexicon(), parse(caption)
+    texts = []
+    for i, token in enumerate(parsed.tokens):
+        base, form = lex.verbs.forms.get(token.lower, ("", ""))
+        if token.letter not in "VG" or base not in lex.verbs:
+            continue
+        use = "object" if re.match("[DPNJCQ]", parsed.letters[i + 1 :]) else "alone"
+        offers = [o.name for o in _draw(rng, lex.verbs.offers(base)) if o.use in (use, "any")]
+        texts += [put(parsed, {i: lex.verbs.inflect(name, form)}, caption) for name in offers[:OFFERS]]
+    return _ordered(rng, texts, reason="no verb with a known alternative")
+
+
+@rule()
+def replace_relations(caption: str, rng: Random) -> Rewrites:
+    """One relation becomes its converse or another that excludes it: left, above, under, behind, into, without, ..."""
+    lex, parsed = lexicon(), parse(caption)
+    texts = []
+    for i, token in enumerate(parsed.tokens):
+        if mirrored := _mirrored(parsed, i):
+            texts.append(put(parsed, {i: mirrored}, caption))
+        elif token.letter == "I" and token.lower in lex.relations and _joins_things(parsed, i, lex):
+            offers = _draw(rng, lex.relations.offers(token.lower))
+            texts += [put(parsed, {i: o.name}, caption) for o in offers[:OFFERS]]
+    return _ordered(rng, texts, reason="no relation with a known converse")
+
+
+# -- writing candidates ------------------------------------------------------------------------------------------------
+
+
+def _draw(rng: Random, offers: Sequence[Offer]) -> list[Offer]:
+    """A few offers in random order: lists are long, every caption asks, and few are needed."""
+    return rng.sample(offers, min(3 * OFFERS, len(offers)))
+
+
+def _ordered(rng: Random, *tiers: list[str], reason: str) -> Rewrites:
+    """The candidates of each tier in random order, better tiers first."""
+    texts = [text for tier in tiers for text in rng.sample(tier, len(tier))]
+    return Rewrites(dict.fromkeys(texts), reason="" if texts else reason)
+
+
+def _exchange_phrases(parsed: Parsed, a: Phrase, b: Phrase, caption: str) -> str:
+    words = as_words(parsed.tokens)
+    order = (
+        words[: a.start] + words[b.start : b.stop] + words[a.stop : b.start] + words[a.start : a.stop] + words[b.stop :]
+    )
+    return write(order, caption)
+
+
+# -- nouns -------------------------------------------------------------------------------------------------------------
+
+
+def _is_thing(parsed: Parsed, phrase: Phrase, lex: Lexicon) -> bool:
+    """Whether a phrase names something that can trade places with something else."""
+    if "of" in (parsed.before(phrase), parsed.after(phrase)):
+        return False
+    if phrase.head in lex.nouns.fixed or phrase.determiner in ("no", "each", "every", "another", "both", "either"):
+        return False
+    if phrase.sense is None:
+        return phrase.determiner in ("a", "an", "the")
+    return phrase.sense.group not in ("day parts", "weather", "games")
+
+
+def _game_modifier(parsed: Parsed, phrase: Phrase, lex: Lexicon) -> Noun | None:
+    """The game in "tennis court", "baseball player"."""
+    if phrase.stop - phrase.start < 2:
+        return None
+    readings = lex.nouns.readings(parsed.tokens[phrase.stop - 2].lower)
+    return next((noun for noun, _ in readings if noun.group == "games"), None)
+
+
+_PRONOUNS = {
+    "he": {("she", "O"): "he", ("her", "O"): "him", ("her", "P"): "his", ("herself", "O"): "himself"},
+    "she": {("he", "O"): "she", ("him", "O"): "her", ("his", "P"): "her", ("himself", "O"): "herself"},
+}
+
+
+def _pronouns(parsed: Parsed, phrase: Phrase, offer: Noun, lex: Lexicon) -> dict[int, str]:
+    """Pronouns made to agree with the offer, when the phrase is the caption's only person or animal."""
+    gender = lex.genders.get(offer.lemma, "")
+    if not gender or sum(bool(p.sense and p.sense.animate) for p in parsed.phrases) != 1:
+        return {}
+    table = _PRONOUNS[gender]
+    return {i: table[t.lower, t.letter] for i, t in enumerate(parsed.tokens) if (t.lower, t.letter) in table}
+
+
+def _attribute_offers(name: str, head: Phrase | None, lex: Lexicon) -> list[Value]:
+    groups = lex.attributes.groups(name)
+    for group, domain, lemmas, offers in lex.contexts:
+        if head and group in groups and (head.lemma in lemmas or (head.sense and head.sense.domain == domain)):
+            return [offer for offer in offers if not lex.attributes.same(offer.name, name)]
+    return lex.attributes.offers(name)
+
+
+# -- relations ---------------------------------------------------------------------------------------------------------
+
+_SIDES = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+_SIDE_BEFORE = re.compile(
+    r"(facing|faces|face|faced|looking|looks|the|on|to|far|top|bottom|upper|lower|his|her|its|at)$"
+)
+_SIDE_AFTER = re.compile(r"(side|corner|hand|edge|foot|leg|arm|eye|half|of|top|bottom|screen)")
+
+
+def _mirrored(parsed: Parsed, i: int) -> str:
+    """The token at i with left and right exchanged where they are sides, else ""."""
+    token = parsed.tokens[i]
+    sides = [word for word in token.lower.split() if word in _SIDES]
+    if not sides:
+        return ""
+    if " " not in token.lower:
+        before = parsed.tokens[i - 1].lower if i else ""
+        after = parsed.tokens[i + 1].lower if i + 1 < len(parsed.tokens) else ""
+        if not _SIDE_BEFORE.search(before) and not _SIDE_AFTER.match(after):
+            return ""
+    return " ".join(_SIDES.get(word, word) for word in token.lower.split())
+
+
+def _joins_things(parsed: Parsed, i: int, lex: Lexicon) -> bool:
+    """Whether the relation at i stands before a thing ("on a bench", not "on a sunny day", "plays with", "sits up")."""
+    following = next((p for p in parsed.phrases if p.start == i + 1), None)
+    if following is None or following.sense is None or following.head in lex.nouns.fixed:
+        return False
+    word = parsed.tokens[i].lower
+    if word == "by" and parsed.tokens[i - 1].letter == "X":
+        return False
+    if word == "with":
+        return parsed.tokens[i - 1].letter == "N"
+    return not (word == "on" and following.sense.group in ("dog gear", "day parts", "devices", "signs"))

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from clipkit.negatives.filters import Case, keep, reason_to_drop
+
+
+@pytest.mark.parametrize(
+    ("text", "caption", "kind", "siblings", "reason"),
+    [
+        ("a cat sits", "a dog sits", "replace_nouns", (), ""),
+        ("A dog sits .", "a dog sits", "replace_nouns", (), "identical"),
+        ("a cat sits", "a dog sits", "replace_nouns", ("A cat sits!",), "another caption of the picture"),
+        ("cat", "a dog", "replace_nouns", (), "too short"),
+        ("a cat " + "very " * 9 + "small", "a dog sits", "replace_nouns", (), "too long"),
+        ("a puppy sits", "a dog sits", "replace_nouns", (), "only synonyms replaced"),
+        ("dogs sit here", "a dog sits here", "swap_nouns", (), "words changed"),
+        ("an apple near a dog", "a dog near an apple", "swap_nouns", (), ""),
+        ("a cat chases two dogs", "a dog chases two cats", "swap_nouns", (), ""),
+        ("a red red dog", "a red brown dog", "replace_adjectives", (), "repeated word"),
+        ("a orange sits", "a dog sits", "replace_nouns", (), "wrong article"),
+        ("a woman on a bench", "a man on a bench", "replace_nouns", ("a lady on a bench",), "another caption says so"),
+        ("a woman on a bench", "a man on a bench", "replace_nouns", ("a man and a woman on a bench",), ""),
+        ("a woman on a bench", "a man on a bench", "replace_nouns", ("a woman far away",), ""),
+    ],
+)  # fmt: skip
+def test_reasons(text: str, caption: str, kind: str, siblings: tuple[str, ...], reason: str) -> None:
+    assert reason_to_drop(Case(text, caption, kind, siblings)) == reason
+
+
+def test_no_substring_accidents() -> None:
+    assert reason_to_drop(Case("a woman runs", "a man runs", "replace_nouns")) == ""
+
+
+def test_keep_counts_every_drop_and_stops_at_the_limit() -> None:
+    drops: Counter[str] = Counter()
+    taken = {"a horse sits"}
+    texts = ["A horse sits.", "a dog sits", "a cat sits", "a cat sits .", "a cow sits"]
+    kept = keep(texts, "a dog sits", "replace_nouns", limit=1, taken=taken, drops=drops)
+    assert kept == ["a cat sits"]
+    assert drops == {"duplicate": 1, "identical": 1}
+    more = keep(texts, "a dog sits", "replace_nouns", limit=5, taken=taken, drops=drops)
+    assert more == ["a cow sits"]
+    assert drops == {"duplicate": 4, "identical": 2}

@@ -217,16 +217,19 @@ def load(name: str | Path) -> Benchmark:
     return benchmark
 
 
-def suite(name: str) -> list[str]:
-    """Benchmark names of a suite of `eval/suites.yaml` (a suite may name suites) or of a suites file `FILE:NAME`."""
-    file, _, wanted = name.rpartition(":")
+def suites(file: str | Path = "") -> dict[str, list[str]]:
+    """Suite -> its benchmarks and suites, of a suites file or of the packaged `eval/suites.yaml`."""
     files = [Path(file)] if file else [p / "suites.yaml" for p in data_folders("eval") if (p / "suites.yaml").is_file()]
-    suites: dict[str, list[str]] = {}
-    for path in files:
-        suites |= _read(path)
-    if wanted not in suites:
-        raise UserError(f"no suite called {wanted}{did_you_mean(wanted, suites)}")
-    inside = [suites.get(member, [member]) for member in suites[wanted]]
+    return {name: members for path in files for name, members in _read(path).items()}
+
+
+def suite(name: str) -> list[str]:
+    """Benchmark names of a packaged suite (a suite may name suites) or of one in a suites file, `FILE:NAME`."""
+    file, _, wanted = name.rpartition(":")
+    known = suites(file)
+    if wanted not in known:
+        raise UserError(f"no suite called {wanted}{did_you_mean(wanted, known)}")
+    inside = [known.get(member, [member]) for member in known[wanted]]
     return list(dict.fromkeys(name for names in inside for name in names))
 
 

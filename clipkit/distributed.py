@@ -56,7 +56,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate `x` (b, ...) of all ranks in rank order to (world * b, ...), with gradient. All ranks: equal shapes."""
+    """`x` (b, ...) of all ranks, in rank order, as (world * b, ...), with gradient. All ranks: equal shapes."""
     if not active():
         return x
     if x.dtype == torch.bool:

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,8 +26,8 @@ from clipkit import distributed
 from clipkit.config import Config
 from clipkit.errors import UserError
 from clipkit.model.load import save as save_model
-from clipkit.model.weights import weights_into
 from clipkit.model.teacher import Teacher
+from clipkit.model.weights import weights_into
 from clipkit.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -89,6 +88,9 @@ def restore(folder: Path, engine: Engine, teacher: Teacher | None, fingerprint: 
 
 
 def _moments(engine: Engine) -> dict[str, Tensor]:
+    """The optimizer's moments by parameter name, each in full. All ranks call this together."""
+    if engine.deepspeed:
+        _link_shards(engine)
     out: dict[str, Tensor] = {}
     for name, parameter in engine.bare.named_parameters():
         if not parameter.requires_grad:
@@ -109,24 +111,26 @@ def _full_moment(engine: Engine, parameter: torch.nn.Parameter, key: str) -> Ten
 
 
 def _restore_moments(engine: Engine, moments: dict[str, Tensor], step: int) -> None:
-    inner: Any = engine.optimizer
     if engine.deepspeed:
-        inner = _restore_sharded(engine, moments)
-        for state in inner.state.values():
-            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(step))
+        _restore_shards(engine, moments, step)
         return
     for name, parameter in engine.bare.named_parameters():
         if f"exp_avg.{name}" in moments:
-            inner.state[parameter] = {
+            engine.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
                 **{key: moments[f"{key}.{name}"].to(parameter.device) for key in MOMENTS},
             }
 
 
-def _restore_sharded(engine: Engine, moments: dict[str, Tensor]) -> Any:
-    """Write full moments and fp32 masters into ZeRO's shards; returns the torch optimizer underneath."""
+def _restore_shards(engine: Engine, moments: dict[str, Tensor], step: int) -> None:
+    """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    zero = engine.optimizer.optimizer
+    for flat in zero.single_partition_of_fp32_groups:
+        state = {key: torch.zeros_like(flat) for key in MOMENTS}
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **state}
+    _link_shards(engine)
     for name, parameter in engine.bare.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -134,5 +138,12 @@ def _restore_sharded(engine: Engine, moments: dict[str, Tensor]) -> Any:
         for key in MOMENTS:
             if f"{key}.{name}" in moments:
                 safe_set_full_optimizer_state(parameter, moments[f"{key}.{name}"].to(parameter.device), key)
-    zero = engine.optimizer.optimizer  # accelerate's wrapper around DeepSpeed's wrapper around torch's AdamW
-    return zero.optimizer
+
+
+def _link_shards(engine: Engine) -> None:
+    """Tell every parameter where its moments lie. DeepSpeed does so once, when only the first group has stepped."""
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    zero = engine.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's AdamW
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
+        lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)

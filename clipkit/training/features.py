@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,8 @@ def _identity(model: DualEncoder, index: Index) -> dict[str, Any]:
     return {
         "data": index.fingerprint,
         "weights": weights.hexdigest(),
-        "preprocess": model.preprocess.to_dict() | {"mean": list(model.preprocess.mean), "std": list(model.preprocess.std)},
+        "preprocess": model.preprocess.to_dict()
+        | {"mean": list(model.preprocess.mean), "std": list(model.preprocess.std)},
     }
 
 

@@ -134,9 +134,7 @@ class _Writer:
             self._board.add_scalar(f"evaluation/{name}" if "evaluation" in row else name, value, step)
         if "loss" in row:
             terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
-            self._bar.update(
-                self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s"
-            )
+            self._bar.update(self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s")
 
     def _keep_lines_until(self, step: int) -> None:
         if not self._path.is_file():

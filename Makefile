@@ -1,0 +1,42 @@
+# Every target does all of its own set-up: only Python >= 3.10 and make are needed.
+#   make test PYTHON=python3.12        another interpreter
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format demo setup clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+test: lint  ## formatting, lint, types, tests
+	$(BIN)/pytest -q
+
+lint: $(READY)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: $(READY)  ## the whole chain on a generated world: data, negatives, two trainings, report
+	$(BIN)/clipkit demo
+
+setup: $(READY)  ## only the virtual environment (.venv)
+
+clean:  ## remove the virtual environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache build dist
+
+# Made anew whenever pyproject.toml changes, so that what runs is what is declared. Bytecode is made on first use: half a
+# minute less.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "clipkit needs Python >= 3.10; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	touch $@

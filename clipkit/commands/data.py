@@ -1,0 +1,135 @@
+"""shards, negatives, world: from pictures and captions to what training reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, settings_for, words
+from clipkit.commands.output import STDOUT, print_table, write_json
+from clipkit.errors import UserError
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder the shards are written to.")]
+
+
+def build(
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="Folder, CSV, JSONL, COCO JSON or tar.")],
+    out: Out,
+    source: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Default: guessed from INPUT.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The format's own.")] = None,
+    per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Pairs a shard.")] = 1000,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Shards are called NAME-000000.tar, ...")] = "shard",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write shards from pictures with captions.
+
+    Several captions a picture are kept. FORMAT is folder, csv, jsonl, coco, tar or abstract_scenes.
+    """
+    from clipkit.data.build import build_shards
+    from clipkit.data.sources import guess
+    from clipkit.registry import SOURCES
+
+    chosen = source or guess(Path(input))
+    own = settings_for(SOURCES.entry(chosen).target, settings)
+    shards = build_shards(input, out, chosen, per_shard=per_shard, name=name, overwrite=overwrite, **own)
+    print(f"{len(shards)} shards in {out}, read as {chosen}")
+
+
+def index(shards: Shards, json_path: Json = None) -> None:
+    """Scan shards once; say how many pairs they hold.
+
+    Where every pair lies is kept in $CLIPKIT_CACHE (default ~/.cache/clipkit).
+    """
+    from clipkit.data.check import index_shards
+
+    found = index_shards(shards)
+    if json_path:
+        write_json(found, json_path)
+    if json_path != STDOUT:
+        rows = [*found["shards"].items(), ("all", found["samples"])]
+        print_table(["shard", "pairs"], rows, f"fingerprint {found['fingerprint']}")
+
+
+def check(shards: Shards, json_path: Json = None) -> None:
+    """Read everything and count what is wrong.
+
+    By shard and reason; exit status 2 when anything is.
+    """
+    from clipkit.data.check import check_shards
+
+    found = check_shards(shards)
+    if json_path:
+        write_json(found, json_path)
+    rows = [(path, why, n) for path, shard in found["shards"].items() for why, n in shard["problems"].items()]
+    if rows and json_path != STDOUT:
+        print_table(["shard", "problem", "times"], rows)
+        examples = [(where, whole) for some in found["examples"].values() for where, whole in some]
+        print_table(["for example", "problem"], examples)
+    if rows:
+        count = sum(n for _, _, n in rows)
+        raise UserError(f"{count} problems; {found['usable']} of {found['samples']} pairs are usable")
+    if json_path != STDOUT:
+        print(f"{found['samples']} pairs in {len(found['shards'])} shards, all readable")
+
+
+def show(
+    shards: Shards,
+    start: Annotated[int, typer.Option(min=0, metavar="ID", help="First pair, from 0.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, metavar="N", help="How many.")] = 1,
+) -> None:
+    """Print pairs as they are stored."""
+    from clipkit.data.check import show_shard
+
+    pairs = show_shard(shards, count, start)
+    if not pairs:
+        raise UserError(f"--start {start}: there are fewer pairs")
+    for pair in pairs:
+        print(json.dumps(pair, indent=1, ensure_ascii=False))
+
+
+def make(
+    shards: Shards,
+    out: Out,
+    kinds: Annotated[str | None, typer.Option(metavar="A,B,...", help="Kinds; default: the five of DeGLA.")] = None,
+    per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Negatives of each kind a caption.")] = 1,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes; the result is the same.")] = 2,
+    json_path: Json = None,
+) -> None:
+    """Add hard-negative captions to shards, by rules.
+
+    Shards finished by an earlier call with the same settings are kept.
+    """
+    from clipkit.negatives.make import make
+
+    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, workers=workers)
+    if json_path:
+        write_json(report.to_json(), json_path)
+    if json_path != STDOUT:
+        title = f"{report.captions} captions in {report.shards} shards, {report.kept_shards} of them made before"
+        print_table(["kind", "negatives", "captions with one", "candidates dropped"], report.rows(), title)
+
+
+def build_world(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for shards and test sets.")],
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Training pictures.")] = 20_000,
+    seed: Seed = 0,
+    size: Annotated[int, typer.Option(metavar="PIXELS", help="Side of a picture.")] = 64,
+    eval_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows a category in each evaluation set.")] = 300,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a world: training shards, dev and test sets.
+
+    The same settings give the same bytes. The test sets have every task form of the benchmarks.
+    """
+    from clipkit.data.world.build import build_world
+
+    world = build_world(out, pictures=pictures, seed=seed, size=size, eval_rows=eval_rows, overwrite=overwrite)
+    rows = [
+        (name, " ".join(f"{n} {what}" for what, n in count.items()) if isinstance(count, dict) else f"{count} pairs")
+        for name, count in world["counts"].items()
+    ]
+    print_table(["part", "holds"], rows, str(out))

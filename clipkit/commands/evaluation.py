@@ -1,0 +1,178 @@
+"""eval, zeroshot, compare, bench: numbers out of models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from clipkit.commands.arguments import Json, Model, Roots, pairs, settings_for, words
+from clipkit.commands.output import STDOUT, print_table, write_json
+from clipkit.errors import UserError
+
+Names = Annotated[list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Name or YAML file.")]
+Missing = Annotated[bool, typer.Option("--allow-missing", help="Score what is there and report the coverage.")]
+Tie = Annotated[Literal["official", "strict", "half", "lenient"], typer.Option(help="What equal scores are worth.")]
+
+
+def evaluate(
+    model: Model,
+    suite: Annotated[str | None, typer.Option(metavar="NAME", help="A suite of eval/suites.yaml.")] = None,
+    benchmark: Names = None,
+    root: Roots = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Result files; default: the run's results/.")] = None,
+    json_path: Json = None,
+    allow_missing: Missing = False,
+    tie: Tie = "official",
+) -> None:
+    """Score a model on benchmarks."""
+    if not suite and not benchmark:
+        raise UserError("name a --suite or a --benchmark; `clipkit bench list` shows them")
+    from clipkit.evaluation.run import evaluate
+    from clipkit.model.load import load
+
+    results = evaluate(
+        load(model),
+        suite=suite,
+        benchmarks=benchmark,
+        roots=pairs(root, "--root"),
+        out=out or _results_folder(model),
+        allow_missing=allow_missing,
+        tie=tie,
+        model_name=model,
+        show=json_path != STDOUT,
+    )
+    if json_path:
+        write_json([json.loads(result.to_json()) for result in results], json_path)
+
+
+def _results_folder(model: str) -> Path | None:
+    """`results/` of the run that the model came from; nothing for models that are no run."""
+    for folder in (Path(model), *Path(model).parents):
+        if (folder / "checkpoints").is_dir():
+            return folder / "results"
+    return None
+
+
+def zeroshot(
+    model: Model,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Files, folders, globs; - for stdin.")],
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Class names.")] = None,
+    classes_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one a line.")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Classes and templates of a benchmark.")] = None,
+    templates: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts with {}, one a line.")] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Classes shown a picture.")] = 3,
+    json_path: Json = None,
+) -> None:
+    """Say which class each picture shows."""
+    if sum(given is not None for given in (classes, classes_file, dataset)) != 1:
+        raise UserError("give one of --classes A,B,..., --classes-file FILE, --dataset NAME")
+    from clipkit.evaluation.zeroshot import classify
+    from clipkit.model.load import load
+
+    names: Any = words(classes) if classes is not None else classes_file
+    prompts: Any = templates
+    if dataset:
+        names, own = _classes_of(dataset)
+        prompts = templates or own
+    found = classify(load(model), list(_with_stdin(images)), names, prompts, top=top, progress=sys.stderr.isatty())
+    if json_path:
+        write_json(found, json_path)
+    if json_path != STDOUT:
+        rows = [(picture["image"], *map(_answer, picture["classes"])) for picture in found]
+        columns = ["picture", "class", *(f"{n}." for n in range(2, len(rows[0])))]
+        print_table(columns, rows)
+
+
+def _with_stdin(arguments: Iterable[str]) -> Iterable[str]:
+    for argument in arguments:
+        if argument == "-":
+            yield from (line.strip() for line in sys.stdin if line.strip())
+        else:
+            yield argument
+
+
+def _classes_of(dataset: str) -> tuple[dict[str, Any], list[str]]:
+    from clipkit.evaluation import benchmark
+
+    found = benchmark.load(dataset)
+    if found.kind != "zeroshot":
+        raise UserError(f"--dataset {dataset}: is a {found.kind} benchmark; it has no classes")
+    return found.classes, found.templates
+
+
+def _answer(answer: dict[str, Any]) -> str:
+    return f"{answer['class']} {100 * answer['probability']:.1f} %"
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders with results.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The report.")] = Path("report.html"),
+) -> None:
+    """Write one report with runs side by side."""
+    from clipkit.evaluation.report import write_report
+
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    print(write_report(list(zip(names, runs)), out))
+
+
+def list_benchmarks(json_path: Json = None) -> None:
+    """List benchmarks, their suites and sources."""
+    from clipkit.evaluation import benchmark
+
+    found = [benchmark.load(name) for name in benchmark.packaged()]
+    suites = {name: benchmark.suite(name) for name in benchmark.suites()}
+    if json_path:
+        write_json({"benchmarks": [b.model_dump(mode="json") for b in found], "suites": suites}, json_path)
+    if json_path != STDOUT:
+        inside = {b.name: ", ".join(name for name, members in suites.items() if b.name in members) for b in found}
+        rows = [(b.name, b.kind, b.title, inside[b.name], ", ".join(b.sources)) for b in found]
+        print_table(["benchmark", "kind", "what it is", "suites", "sources (--root)"], rows)
+
+
+def convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The benchmark.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Published annotations: folder, tar or file.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for rows (and drawn pictures).")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The converter's own.")
+    ] = None,
+) -> None:
+    """Turn published annotations into rows."""
+    from clipkit.evaluation.convert import CONVERTERS, convert
+
+    own = settings_for(CONVERTERS[name], settings) if name in CONVERTERS else {}
+    print_table(["", name], list(convert(name, source, out, **own).items()))
+
+
+def check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; default: all.")] = None,
+    root: Roots = None,
+) -> None:
+    """Read benchmarks and look for their pictures.
+
+    Exit status 2 when anything is wrong or missing.
+    """
+    from clipkit.evaluation import benchmark
+    from clipkit.evaluation.roots import Roots
+    from clipkit.evaluation.run import PREPARE
+
+    chosen = [benchmark.load(name) for name in names or benchmark.packaged()]
+    places = Roots(pairs(root, "--root"))
+    rows, problems = [], []
+    for found in chosen:
+        places.sources.update(found.sources)
+        try:
+            task = PREPARE[found.kind](found, places)
+            rows.append((found.name, len(set(task.pictures)), len(set(task.texts))))
+        except UserError as error:
+            problems.append(str(error))
+    print_table(["benchmark", "pictures", "texts"], rows)
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,74 @@
+"""train, config, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipkit.commands.arguments import ConfigFile, Settings
+
+
+def train(
+    config: ConfigFile,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Train a dual encoder as a config says.
+
+    The scripts in launch/ start it on many processes.
+    """
+    from clipkit import config as configuration
+
+    checked = configuration.load(config, settings or ())
+    from clipkit.data.shards import Index
+
+    if checked.data.train:  # a missing or foreign shard is said before the towers' libraries are imported (seconds)
+        Index.load(checked.data.train, on_error=checked.data.on_error)
+    from clipkit.training.loop import train
+
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts dead ranks anew
+    train(checked, resume=resume or restarted)
+
+
+def show(config: ConfigFile, settings: Settings = None) -> None:
+    """Print a config with everything filled in."""
+    from clipkit import config as configuration
+
+    print(configuration.dump(configuration.load(config, settings or ())), end="")
+
+
+def schema() -> None:
+    """Print the JSON schema of config files."""
+    from clipkit import config as configuration
+
+    print(json.dumps(configuration.schema(), indent=1))
+
+
+def check(config: ConfigFile, settings: Settings = None) -> None:
+    """Say whether a config is right.
+
+    Every problem is named at once.
+    """
+    from clipkit import config as configuration
+
+    checked = configuration.load(config, settings or ())
+    print(f"{config}: right; {checked.steps:,} steps of {checked.batch_size:,} pairs, into {checked.run_folder}")
+
+
+def demo(
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is written.")] = Path("demo"),
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of the world to train on.")] = 16_000,
+) -> None:
+    """Run the whole chain on a generated world.
+
+    Data, negatives, two trainings from one start, evaluation, report: minutes on two cores. What is there already is
+    not done again. Settings go to all trainings.
+    """
+    from clipkit.demo import run
+
+    run(out, pictures=pictures, settings=tuple(settings or ()))

@@ -1,0 +1,106 @@
+"""Invariants 1 and 3: losses do not depend on the topology; killed and resumed equals never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.training.conftest import degla_tree
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
+
+
+def launch(tree: dict, path: Path, ranks: int = 1, *, resume: bool = False) -> subprocess.Popen[str]:
+    """`clipkit train` as a user starts it: alone, or by torchrun."""
+    path.write_text(yaml.safe_dump(tree))
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    command = [*(torchrun if ranks > 1 else python), "clipkit", "train", str(path), *(["--resume"] if resume else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the reference: one process, never disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(launch(degla_tree(tiny_shards, folder) | {"name": "alone"}, folder / "alone.yaml"))
+    return folder / "runs" / "alone"
+
+
+def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Path):
+    """One process, DDP x 2, ZeRO-1 x 2 and ZeRO-2 x 2 give the same 20 losses, and those on file."""
+    reference = losses(alone)
+    assert len(reference) == 20
+    assert reference == pytest.approx(json.loads(GOLDEN.read_text())["degla"], abs=2e-4)
+    for name, engine in (
+        ("ddp", {"kind": "ddp"}),
+        ("zero1", {"kind": "deepspeed", "zero_stage": 1}),
+        ("zero2", {"kind": "deepspeed", "zero_stage": 2}),
+    ):
+        tree = tiny_tree | {"name": name, "engine": engine | {"timeout_s": 60}}
+        finish(launch(tree, tmp_path / f"{name}.yaml", ranks=2))
+        folder = tmp_path / "runs" / name
+        assert losses(folder) == pytest.approx(reference, abs=1e-5), name
+        for key, value in weights(alone, "teacher").items():
+            torch.testing.assert_close(weights(folder, "teacher")[key], value, atol=2e-3, rtol=0, msg=f"{name} {key}")
+
+
+def test_killed_and_resumed_equals_never_killed(alone: Path, tiny_tree: dict, tmp_path: Path):
+    """SIGKILL in the middle; the resumed run ends with the same bits, and the log has each step once."""
+    tree = tiny_tree | {"name": "killed", "save_every": 64}
+    process = launch(tree, tmp_path / "killed.yaml")
+    folder = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((folder / "checkpoints").glob("step_*")), "it was killed before its first checkpoint"
+    assert len(losses(folder)) < 20, "it was killed too late to be resumed"
+    finish(launch(tree, tmp_path / "killed.yaml", resume=True))
+    for name in ("model", "teacher", "optimizer"):
+        expected, got = weights(alone, name), weights(folder, name)
+        assert expected.keys() == got.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, got[key]), f"{name}: {key}"
+    assert losses(folder) == losses(alone)
+
+
+def test_resume_on_another_topology(alone: Path, tiny_tree: dict, tmp_path: Path):
+    """Begun with ZeRO-1 on two ranks, finished alone: the checkpoint holds everything in full."""
+    tree = tiny_tree | {"name": "moved", "samples": 320, "save_every": 160, "keep": 9}
+    sharded = tree | {"engine": {"kind": "deepspeed", "timeout_s": 60}}
+    finish(launch(sharded, tmp_path / "moved.yaml", ranks=2))
+    folder = tmp_path / "runs" / "moved"
+    last = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    for part in last.iterdir():
+        part.unlink()
+    last.rmdir()
+    finish(launch(tree, tmp_path / "moved.yaml", resume=True))
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)

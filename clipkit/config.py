@@ -54,7 +54,9 @@ class ImageTower(Section):
     """An image tower of one's own making (ignored when `model.name` is set)."""
 
     timm: str = ""
-    """timm architecture name (e.g. mobilenetv2_100); empty: `cfg` describes an open_clip vision tower."""
+    """timm architecture (e.g. mobilenetv2_100); without it or `conv`, `cfg` describes an open_clip vision tower."""
+    conv: list[tuple[Positive, Positive]] = []
+    """Else a plain convolutional tower: (channels, stride) of each 3×3 layer."""
     weights: str = ""
     """Local safetensors file for the timm tower."""
     cfg: dict[str, Any] = {}
@@ -64,7 +66,7 @@ class ImageTower(Section):
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     pool: Literal["avg", "attention"] = "avg"
-    """How a timm feature map becomes one vector; attention keeps where things are."""
+    """How a feature map becomes one vector; attention keeps where things are."""
 
 
 class TextTower(Section):
@@ -288,7 +290,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
             raise UserError(f"{key}: {section} is a single value, it has no setting {leaf}")
         node = child
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         value = text
     if value is None and isinstance(node.get(leaf), dict):

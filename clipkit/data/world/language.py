@@ -251,7 +251,7 @@ class _Speaker:
 
     def __init__(self, rng: Random):
         self.rng = rng
-        self.named = {"colour": rng.random() < 0.95, "size": rng.random() < 0.5, "texture": rng.random() < 0.7}
+        self.named = {"colour": rng.random() < 0.6, "size": rng.random() < 0.3, "texture": rng.random() < 0.4}
 
     def mention(self, thing: Thing) -> Mention:
         named = [name for name in ADJECTIVES if self.named[name]]

@@ -23,8 +23,11 @@ RELATIONS = tuple(CONVERSE)
 PROPERTIES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES}
 """What can be said of one thing, and the values each can take."""
 
-KINDS = {"pair": 0.70, "single": 0.10, "triple": 0.12, "group": 0.08}
+KINDS = {"pair": 0.60, "single": 0.25, "triple": 0.05, "group": 0.10}
 """Share of each kind of scene: two different things, one, three different ones, one to four alike."""
+
+SOLID = 0.6
+"""Share of things without a pattern; the patterns share the rest."""
 
 RADIUS = {"small": 0.125, "large": 0.205}
 """Half the breadth of a thing before jitter."""
@@ -109,6 +112,7 @@ def _looks(rng: Random, count: int) -> list[dict[str, str]]:
     looks: dict[tuple[str, str], dict[str, str]] = {}
     while len(looks) < count:
         one = {name: rng.choice(values) for name, values in PROPERTIES.items()}
+        one["texture"] = "solid" if rng.random() < SOLID else rng.choice(TEXTURES[1:])
         looks.setdefault((one["colour"], one["shape"]), one)
     return list(looks.values())
 

@@ -80,7 +80,7 @@ def test_killed_and_resumed_equals_never_killed(alone: Path, tiny_tree: dict, tm
     while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert list((folder / "checkpoints").glob("step_*")), "it was killed before its first checkpoint"
     assert len(losses(folder)) < 20, "it was killed too late to be resumed"
     finish(launch(tree, tmp_path / "killed.yaml", resume=True))

@@ -63,10 +63,16 @@ class ImageTower(Section):
     """Keyword arguments: of `timm.create_model`, or of open_clip's `CLIPVisionCfg`."""
     size: Positive = 224
     """Input pixels a side."""
+    resize: Literal["shortest", "squash"] = "shortest"
+    """`shortest`: the short side becomes `size`, the centre is kept; `squash`: nothing is cut, proportions change."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     pool: Literal["avg", "attention"] = "avg"
     """How a feature map becomes one vector; attention keeps where things are."""
+    head: Literal["linear", "root"] = "linear"
+    """From features to the embedding: linear, or root, layer norm and dropout before it, for towers that are locked."""
+    dropout: Share = 0.0
+    """Dropout in a `root` head while training."""
 
 
 class TextTower(Section):

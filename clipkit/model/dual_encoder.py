@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipkit.config import ModelConfig
 from clipkit.data.batch import Batch
@@ -27,7 +29,7 @@ from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.names import Parts, from_open_clip
-from clipkit.model.towers import TimmTower, build_towers, custom_spec, load_timm_weights, trims_exactly
+from clipkit.model.towers import RootHead, TimmTower, build_towers, custom_spec, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
 
 BUCKETS = 4
@@ -88,7 +90,7 @@ class DualEncoder(nn.Module):
         features = batch.image_features if batch.image_features is not None else self.image_features(batch.image)
         text, negative_text = self._encode_captions(batch)
         return Embeddings(
-            image=self._project(features),
+            image=self._project(features, batch.id),
             text=text,
             negative_text=negative_text,
             valid=batch.valid,
@@ -129,8 +131,10 @@ class DualEncoder(nn.Module):
         """Unit-length embeddings of preprocessed pictures."""
         return self._project(self.image_features(image))
 
-    def _project(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
-        if not isinstance(self.image_head, nn.Identity):
+    def _project(self, features: Float[Tensor, "n f"], id: Int64[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
+        if isinstance(self.image_head, RootHead):
+            features = self.image_head(features.to(_dtype(self.image_head)), id)
+        elif not isinstance(self.image_head, nn.Identity):
             features = self.image_head(features.to(_dtype(self.image_head)))
         return F.normalize(features.float(), dim=-1)
 
@@ -138,7 +142,7 @@ class DualEncoder(nn.Module):
         """Unit-length embeddings of texts, cut to any common length where the tower allows it (`tokenizer.trim`)."""
         full = self.tokenizer.context_length
         assert self.tokenizer.trim or tokens.shape[1] == full, f"this text tower needs all {full} positions"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked), _attention(tokens.device):
             features = self._by_length(tokens) if self.tokenizer.trim else self.text_tower(tokens)
         return F.normalize(features.float(), dim=-1)
 
@@ -212,7 +216,7 @@ def _from_settings(config: ModelConfig) -> Parts:
     if image.weights and isinstance(towers.image, TimmTower):
         load_timm_weights(towers.image, image)
     tokenizer = Tokenizer("clip", config.text.context_length, trim=trims_exactly(towers.text))
-    return Parts(spec, towers, tokenizer, Preprocess(image.size, image.mean, image.std))
+    return Parts(spec, towers, tokenizer, Preprocess(image.size, image.mean, image.std, image.resize))
 
 
 def load_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "3 s s"]:
@@ -238,6 +242,13 @@ def _pixel_statistics(preprocess: Preprocess, device: torch.device) -> tuple[Ten
             torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std)
         )
     return mean, std
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention for texts that learn on CPUs: torch's fused kernel is slower there (perf/attention.py)."""
+    if device.type == "cpu" and torch.is_grad_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

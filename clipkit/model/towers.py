@@ -1,10 +1,11 @@
 """Towers from a `spec`: a JSON-able description that rebuilds the modules without network or further files.
 
     {"embed_dim": 128, "activation": "gelu",
-     "image": {"kind": "timm", "name": "resnet18", "cfg": {...}, "pool": "attention", "size": 96}
-            | {"kind": "conv", "layers": [[32, 2], ...], "pool": "attention", "size": 64}
+     "image": {"kind": "timm", "name": "resnet18", "cfg": {...}, "pool": "attention", "size": 96, HEAD}
+            | {"kind": "conv", "layers": [[32, 2], ...], "pool": "attention", "size": 64, HEAD}
             | {"kind": "open_clip", "cfg": {CLIPVisionCfg}},
      "text": {CLIPTextCfg}, "dropout": 0.0}
+    HEAD: nothing for a linear one | "head": "root", "dropout": 0.3
 
 Axes: n pictures or texts, c h w pixels, t tokens, f trunk features, d embedding.
 """
@@ -31,6 +32,8 @@ from clipkit.errors import UserError, did_you_mean
 Spec = dict[str, Any]
 VOCABULARY = 49408
 """CLIP's byte-pair vocabulary."""
+HEAD_WIDTH = 16
+"""Channels a head of attention pooling: narrow heads are many, and each can look at places of its own."""
 
 
 class Towers(NamedTuple):
@@ -55,6 +58,10 @@ def custom_spec(config: ModelConfig) -> Spec:
                 f"model.image.cfg.image_size: {image.cfg['image_size']}, but model.image.size is {image.size}"
             )
         vision = {"kind": "open_clip", "cfg": {**image.cfg, "image_size": image.size}}
+    if image.head == "root" and vision["kind"] != "open_clip":
+        vision |= {"head": "root", "dropout": image.dropout}
+    elif image.head == "root" or image.dropout:
+        raise UserError("model.image: head and dropout are for timm and conv towers, and dropout for `head: root` only")
     sizes = text.model_dump(exclude={"dropout"})
     spec = {
         "embed_dim": config.embed_dim,
@@ -103,7 +110,11 @@ def build_towers(spec: Spec) -> Towers:
         trunk = ConvTower(image["layers"], pool=image["pool"], size=image["size"])
     else:
         trunk = TimmTower(image["name"], image["cfg"], pool=image["pool"], size=image["size"])
-    return Towers(trunk, nn.Linear(trunk.features, spec["embed_dim"]), towers.text)
+    if image.get("head") == "root":
+        head: nn.Module = RootHead(trunk.features, spec["embed_dim"], image["dropout"])
+    else:
+        head = nn.Linear(trunk.features, spec["embed_dim"])
+    return Towers(trunk, head, towers.text)
 
 
 def open_clip_towers(model: nn.Module) -> Towers:
@@ -174,9 +185,7 @@ class TimmTower(nn.Module):
         except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
             raise UserError(f"model.image: timm cannot build {name} with {cfg} at {size} pixels: {error}") from error
         self.features = shape[1]
-        self.pool: nn.Module = nn.Identity()
-        if pool == "attention":
-            self.pool = _attention_pool(name, shape)
+        self.pool: nn.Module = nn.Identity() if pool == "avg" else _pool(pool, name, shape)
 
     def forward(self, image: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f"]:
         return self.pool(self.trunk(image))
@@ -199,8 +208,7 @@ class ConvTower(nn.Module):
         self.trunk = nn.Sequential(*blocks)
         shape = _output_shape(self.trunk, size)
         self.features = shape[1]
-        average = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.pool = _attention_pool("conv", shape) if pool == "attention" else average
+        self.pool = _pool(pool, "the stack of convolutions", shape)
 
     def forward(self, image: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f"]:
         return self.pool(self.trunk(image))
@@ -213,14 +221,20 @@ def _output_shape(trunk: nn.Module, size: int) -> torch.Size:
     return shape
 
 
-def _attention_pool(name: str, shape: torch.Size) -> nn.Module:
+def _pool(pool: str, name: str, shape: torch.Size) -> nn.Module:
+    """From the map that network `name` gives, of `shape`, to one vector a picture."""
+    if pool == "avg":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if len(shape) != 4:
         raise UserError(
             f"model.image.pool: attention needs a feature map (n c h w); {name} gives {list(shape)}: use avg"
         )
     channels = shape[1]
-    head = next(width for width in (64, 32, 16, 8, 4, 2, 1) if channels % width == 0)
-    return AttentionPool2d(channels, feat_size=(shape[2], shape[3]), head_dim=head)
+    width = next(width for width in (HEAD_WIDTH, 8, 4, 2, 1) if channels % width == 0)
+    attention = AttentionPool2d(channels, feat_size=(shape[2], shape[3]), head_dim=width)
+    # torch's fused kernel is slower on CPUs (perf/attention.py) and on maps this small wins nothing elsewhere.
+    attention.fused_attn = False
+    return attention
 
 
 def load_timm_weights(tower: TimmTower, config: ImageTower) -> None:
@@ -245,6 +259,26 @@ def load_timm_weights(tower: TimmTower, config: ImageTower) -> None:
                 f"the {'network' if keys is left_over else 'file'} {problem} {keys[0]} (and {len(keys) - 1} more)"
             )
     tower.trunk.load_state_dict(state | {k: v for k, v in own.items() if k not in state}, strict=False)
+
+
+class RootHead(nn.Module):
+    """Signed square root, layer norm, dropout, linear: pooled features [n f] → [n d].
+
+    Pooled activations are many small values and a few large ones, which a linear map mostly hears; their roots weigh
+    evenly (power normalisation, Perronnin et al., ECCV 2010). The dropout mask is a hash of one number drawn from
+    torch's CPU generator and of the samples' ids, as in `DroppedEmbedding`; calls without ids drop nothing.
+    """
+
+    def __init__(self, features: int, embed_dim: int, rate: float):
+        super().__init__()
+        self.norm, self.linear, self.rate = nn.LayerNorm(features), nn.Linear(features, embed_dim), rate
+
+    def forward(self, features: Float[Tensor, "n f"], id: Int64[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
+        x = self.norm(features.sign() * features.abs().clamp(min=1e-6).sqrt())
+        if self.training and self.rate and id is not None:
+            kept = keep_mask(id[:, None] + 1, x.shape[1], self.rate, int(torch.randint(2**31, ())))
+            x = x * kept[:, 0] / (1 - self.rate)
+        return self.linear(x)
 
 
 class DroppedEmbedding(nn.Embedding):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 from clipkit.errors import UserError
+from clipkit.model import dual_encoder
 from clipkit.model.dual_encoder import DualEncoder, build
 from tests.model.tiny import CAPTIONS, NEGATIVES, batch_of, tiny, tiny_resnet
 
@@ -110,6 +113,24 @@ def test_cached_features_equal_pictures():
     torch.testing.assert_close(model(cached).image, model(batch).image, rtol=0, atol=0)
     half = replace(cached, image_features=cached.image_features.half())
     torch.testing.assert_close(model(half).image, model(batch).image, rtol=0, atol=1e-2)
+
+
+def test_plain_attention_of_learning_texts_equals_the_fused_one(model: DualEncoder):
+    tokens = batch_of(16).text
+    with torch.no_grad():
+        fused = model.encode_text(tokens)
+    plain = model.encode_text(tokens)
+    assert plain.requires_grad
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-5)
+
+    def gradients(attention: Callable[..., object]) -> list[torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dual_encoder, "_attention", attention)
+            loss = model.encode_text(tokens)[:, 0].square().sum()
+        return list(torch.autograd.grad(loss, list(model.text_tower.parameters()), allow_unused=True))
+
+    for mine, theirs in zip(gradients(dual_encoder._attention), gradients(lambda _: nullcontext())):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_locked_attention_pool_that_never_learned_is_refused():

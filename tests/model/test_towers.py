@@ -12,7 +12,7 @@ from torch import nn
 
 from clipkit.config import ImageTower, ModelConfig
 from clipkit.errors import UserError
-from clipkit.model.dual_encoder import build
+from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.towers import TimmTower, build_towers, custom_spec, keep_mask, load_timm_weights, trims_exactly
 from tests.model.tiny import CAPTIONS, CONTEXT, RESNET, TEXT, VISION, batch_of, tiny, tiny_resnet
 
@@ -111,6 +111,46 @@ def test_dropout_mask_is_fair_and_independent():
     assert abs(torch.corrcoef(torch.stack([kept.flatten(), again.flatten()]))[0, 1]) < 0.01
     neighbours = torch.stack([kept[..., :-1].flatten(), kept[..., 1:].flatten()])
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.01
+
+
+def root_model(rate: float) -> DualEncoder:
+    torch.manual_seed(0)
+    return build(tiny(image=ImageTower(timm="resnet18", cfg=RESNET, size=32, head="root", dropout=rate)))
+
+
+def test_root_head_is_root_norm_linear():
+    model = root_model(0.0)
+    x = torch.tensor([[4.0, -9.0, 0.0, 1.0] * 4])
+    rooted = torch.tensor([[2.0, -3.0, 0.0, 1.0] * 4])
+    head = model.image_head
+    expected = head.linear(torch.nn.functional.layer_norm(rooted, (16,)))
+    torch.testing.assert_close(head(x), expected)
+    learning = torch.zeros(1, 16, requires_grad=True)
+    head(learning).sum().backward()
+    assert learning.grad is not None and learning.grad.isfinite().all()
+
+
+def test_dropout_of_the_root_head_depends_on_id_and_draw_but_not_on_the_split():
+    head = root_model(0.5).image_head.train()
+    x, id = torch.rand(8, 16), torch.arange(8)
+
+    def encode(*parts: slice) -> torch.Tensor:
+        out = []
+        for part in parts:
+            torch.manual_seed(7)
+            out.append(head(x[part], id[part]))
+        return torch.cat(out)
+
+    whole = encode(slice(0, 8))
+    torch.testing.assert_close(encode(slice(0, 3), slice(3, 8)), whole, rtol=0, atol=1e-6)
+    assert not torch.allclose(head(x, id), whole) and not torch.allclose(head(x), whole)
+    assert torch.equal(head.eval()(x, id), head(x))
+
+
+def test_head_settings_that_would_be_ignored_are_refused():
+    for image in (ImageTower(cfg=VISION, size=16, head="root"), ImageTower(timm="resnet18", cfg=RESNET, dropout=0.1)):
+        with pytest.raises(UserError, match="head and dropout"):
+            custom_spec(tiny(image=image))
 
 
 @pytest.mark.parametrize(

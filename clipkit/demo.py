@@ -21,6 +21,8 @@ from clipkit.negatives.make import make
 from clipkit.training.loop import train
 
 RUNS = ("clip", "degla")
+NEGATIVES = ("swap_nouns", "swap_adjectives", "replace_relations")
+"""Kinds of negatives that change who has what and what lies where. Plain CLIP finds replaced words by itself."""
 ZEROSHOT = ("world_object", "world_shape", "world_colour", "world_texture")
 
 
@@ -32,7 +34,7 @@ def run(out: Path, *, pictures: int = 16_000, settings: tuple[str, ...] = ()) ->
         console.rule("world")
         build_world(out / "world", pictures=pictures)
     console.rule("negatives")
-    make([out / "world/train-*.tar"], out / "shards")
+    make([out / "world/train-*.tar"], out / "shards", kinds=NEGATIVES, per_kind=2)
     for name in ("start", *RUNS):
         console.rule(f"train {name}")
         _train(out, name, settings)

@@ -244,7 +244,7 @@ def _pixel_statistics(preprocess: Preprocess, device: torch.device) -> tuple[Ten
     return mean, std
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
+def _attention(device: torch.device) -> AbstractContextManager[Any]:
     """Plain attention for texts that learn on CPUs: torch's fused kernel is slower there (perf/attention.py)."""
     if device.type == "cpu" and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)

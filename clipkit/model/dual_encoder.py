@@ -34,6 +34,8 @@ from clipkit.model.weights import weights_into
 
 BUCKETS = 4
 """Parts of like length that a call's texts are encoded in."""
+CPU_PIXELS = 2**19
+"""Pixels encoded at once without gradient on a CPU: the activations of more do not fit its caches (docs/log.md)."""
 
 
 class DualEncoder(nn.Module):
@@ -125,7 +127,10 @@ class DualEncoder(nn.Module):
         # Convolutions run up to twice as fast with the channels innermost; transformers do not mind.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_locked):
-            return self.image_tower(pixels)
+            if image.device.type != "cpu" or torch.is_grad_enabled():
+                return self.image_tower(pixels)
+            at_once = max(1, CPU_PIXELS // pixels[0, 0].numel()) if len(pixels) else 1
+            return torch.cat([self.image_tower(some) for some in pixels.split(at_once)])
 
     def encode_image(self, image: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """Unit-length embeddings of preprocessed pictures."""

@@ -115,6 +115,16 @@ def test_cached_features_equal_pictures():
     torch.testing.assert_close(model(half).image, model(batch).image, rtol=0, atol=1e-2)
 
 
+def test_pictures_in_pieces_equal_pictures_at_once(monkeypatch: pytest.MonkeyPatch):
+    model = build(tiny_resnet()).eval()
+    image = batch_of(32).image
+    with torch.no_grad():
+        whole = model.image_features(image)
+        monkeypatch.setattr(dual_encoder, "CPU_PIXELS", 3 * 32 * 32)
+        torch.testing.assert_close(model.image_features(image), whole, rtol=0, atol=1e-6)
+        assert model.image_features(image[:0]).shape == (0, whole.shape[1])
+
+
 def test_plain_attention_of_learning_texts_equals_the_fused_one(model: DualEncoder):
     tokens = batch_of(16).text
     with torch.no_grad():

@@ -250,7 +250,7 @@ def _pixel_statistics(preprocess: Preprocess, device: torch.device) -> tuple[Ten
 
 
 def _attention(device: torch.device) -> AbstractContextManager[Any]:
-    """Plain attention for texts that learn on CPUs: torch's fused kernel is slower there (perf/attention.py)."""
+    """Plain attention for texts that learn on CPUs: torch's fused kernel is slow there in bf16 (perf/attention.py)."""
     if device.type == "cpu" and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()

@@ -232,7 +232,7 @@ def _pool(pool: str, name: str, shape: torch.Size) -> nn.Module:
     channels = shape[1]
     width = next(width for width in (HEAD_WIDTH, 8, 4, 2, 1) if channels % width == 0)
     attention = AttentionPool2d(channels, feat_size=(shape[2], shape[3]), head_dim=width)
-    # torch's fused kernel is slower on CPUs (perf/attention.py) and on maps this small wins nothing elsewhere.
+    # torch's fused kernel is slow on CPUs in bf16 (perf/attention.py) and on maps this small wins nothing elsewhere.
     attention.fused_attn = False
     return attention
 

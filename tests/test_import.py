@@ -39,6 +39,10 @@ def test_reading_a_config_imports_no_torch() -> None:
     assert "torch" not in imported_by("import clipkit.config")
 
 
+def test_checking_a_start_imports_no_torch() -> None:
+    assert "torch" not in imported_by("import clipkit.model.spec")
+
+
 def test_public_names_are_there() -> None:
     assert set(clipkit.__all__) == {
         "Config",

@@ -25,9 +25,17 @@ def train(
 
     checked = configuration.load(config, settings or ())
     from clipkit.data.shards import Index
+    from clipkit.model.spec import check_start
 
-    if checked.data.train:  # a missing or foreign shard is said before the towers' libraries are imported (seconds)
-        Index.load(checked.data.train, on_error=checked.data.on_error)
+    # What is missing or foreign is said before the towers' libraries are imported, which takes seconds.
+    check_start(checked.model)
+    if checked.data.train:
+        index = Index.load(checked.data.train, on_error=checked.data.on_error)
+        from clipkit.data.loader import check_first
+        from clipkit.data.plan import Plan
+
+        plan = Plan(index, batch_size=checked.batch_size, seed=checked.seed, lanes=checked.data.lanes)
+        check_first(index, plan, checked.data)
     from clipkit.training.loop import train
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts dead ranks anew

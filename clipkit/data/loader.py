@@ -29,6 +29,8 @@ from clipkit.errors import UserError
 
 PATIENCE = 1000
 """So many unreadable samples in a row are no accident: the data is wrong."""
+FIRST = 64
+"""Pairs read ahead of everything else, so that what is wrong with the data is said at once."""
 NAMED_GROUP = 1 << 62
 """Numbers of named groups start here; a pair without a group is its own, numbered by its id."""
 
@@ -86,6 +88,14 @@ class Loader:
             if isinstance(item, UserError):
                 raise item
             yield item
+
+
+def check_first(index: Index, plan: Plan, data: DataConfig) -> None:
+    """Read the first FIRST pairs of `plan`; raises UserError at an unreadable one (`data.on_error: raise`)."""
+    if data.on_error == "raise":
+        reader = _Reader(index, data, Preprocess(), seed=0, features=None)
+        for id in plan.ids(0, 0)[:FIRST].tolist():
+            reader.usable(id, 0, [])
 
 
 class _Steps(Dataset):

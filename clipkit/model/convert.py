@@ -15,7 +15,8 @@ from clipkit.data.decode import Preprocess
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.model.names import Parts
-from clipkit.model.towers import VOCABULARY, Spec, build_towers, trims_exactly
+from clipkit.model.spec import VOCABULARY, Spec
+from clipkit.model.towers import build_towers, trims_exactly
 
 ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}
 FIRST_SPECIAL = VOCABULARY - 2

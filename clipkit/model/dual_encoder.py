@@ -29,7 +29,8 @@ from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.names import Parts, from_open_clip
-from clipkit.model.towers import RootHead, TimmTower, build_towers, custom_spec, load_timm_weights, trims_exactly
+from clipkit.model.spec import custom_spec
+from clipkit.model.towers import RootHead, TimmTower, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
 
 BUCKETS = 4

@@ -16,8 +16,9 @@ from clipkit.errors import UserError
 from clipkit.model.convert import from_transformers
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
+from clipkit.model.spec import MODEL, WEIGHTS, find_checkpoint, read_model_json
 from clipkit.model.towers import build_towers
-from clipkit.model.weights import MODEL, WEIGHTS, find_checkpoint, read_model_json, weights_into
+from clipkit.model.weights import weights_into
 
 __all__ = ["build", "load", "load_checkpoint", "save", "weights_into"]
 

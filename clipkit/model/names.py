@@ -16,8 +16,8 @@ from safetensors import safe_open
 from clipkit.data.decode import Preprocess
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError, did_you_mean
-from clipkit.model.towers import Spec, Towers, open_clip_spec, open_clip_towers, trims_exactly
-from clipkit.model.weights import find_checkpoint
+from clipkit.model.spec import Spec, find_checkpoint, open_clip_spec
+from clipkit.model.towers import Towers, open_clip_towers, trims_exactly
 
 SCHEMES = ("hf-hub:", "local-dir:")
 """References that open_clip resolves itself, config and weights together."""

@@ -1,19 +1,10 @@
-"""Towers from a `spec`: a JSON-able description that rebuilds the modules without network or further files.
-
-    {"embed_dim": 128, "activation": "gelu",
-     "image": {"kind": "timm", "name": "resnet18", "cfg": {...}, "pool": "attention", "size": 96, HEAD}
-            | {"kind": "conv", "layers": [[32, 2], ...], "pool": "attention", "size": 64, HEAD}
-            | {"kind": "open_clip", "cfg": {CLIPVisionCfg}},
-     "text": {CLIPTextCfg}, "dropout": 0.0}
-    HEAD: nothing for a linear one | "head": "root", "dropout": 0.3
+"""Towers from a `spec` (clipkit.model.spec), without network or further files.
 
 Axes: n pictures or texts, c h w pixels, t tokens, f trunk features, d embedding.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +17,10 @@ from safetensors.torch import load_file
 from timm.layers.attention_pool2d import AttentionPool2d
 from torch import Tensor, nn
 
-from clipkit.config import ImageTower, ModelConfig
+from clipkit.config import ImageTower
 from clipkit.errors import UserError, did_you_mean
+from clipkit.model.spec import Spec
 
-Spec = dict[str, Any]
-VOCABULARY = 49408
-"""CLIP's byte-pair vocabulary."""
 HEAD_WIDTH = 16
 """Channels a head of attention pooling: narrow heads are many, and each can look at places of its own."""
 
@@ -42,52 +31,6 @@ class Towers(NamedTuple):
     image: nn.Module
     image_head: nn.Module
     text: nn.Module
-
-
-def custom_spec(config: ModelConfig) -> Spec:
-    """The spec of a model of one's own making, from `model.image`, `model.text` and `model.embed_dim`."""
-    image, text = config.image, config.text
-    if image.timm:
-        vision: Spec = {"kind": "timm", "name": image.timm, "cfg": image.cfg, "pool": image.pool, "size": image.size}
-    elif image.conv:
-        vision = {"kind": "conv", "layers": image.conv, "pool": image.pool, "size": image.size}
-    else:
-        _check_names("model.image.cfg", image.cfg, open_clip.CLIPVisionCfg)
-        if image.cfg.get("image_size", image.size) != image.size:
-            raise UserError(
-                f"model.image.cfg.image_size: {image.cfg['image_size']}, but model.image.size is {image.size}"
-            )
-        vision = {"kind": "open_clip", "cfg": {**image.cfg, "image_size": image.size}}
-    if image.head == "root" and vision["kind"] != "open_clip":
-        vision |= {"head": "root", "dropout": image.dropout}
-    elif image.head == "root" or image.dropout:
-        raise UserError("model.image: head and dropout are for timm and conv towers, and dropout for `head: root` only")
-    sizes = text.model_dump(exclude={"dropout"})
-    spec = {
-        "embed_dim": config.embed_dim,
-        "activation": "gelu",
-        "image": vision,
-        "text": {"vocab_size": VOCABULARY, **sizes},
-        "dropout": text.dropout,
-    }
-    return json.loads(json.dumps(spec))
-
-
-def open_clip_spec(cfg: dict[str, Any], *, quick_gelu: bool) -> Spec:
-    """The spec of an open_clip model config; base weights of its towers are never fetched when it is rebuilt."""
-    vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
-    if "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    if "hf_model_name" in text:
-        text["hf_model_pretrained"] = False
-    spec = {
-        "embed_dim": cfg["embed_dim"],
-        "activation": "quickgelu" if quick_gelu else "gelu",
-        "image": {"kind": "open_clip", "cfg": vision},
-        "text": text,
-        "dropout": 0.0,
-    }
-    return json.loads(json.dumps(spec))
 
 
 def build_towers(spec: Spec) -> Towers:
@@ -146,13 +89,6 @@ def _cut_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     # open_clip cuts its position embedding to the text's length but hands the causal mask on uncut.
     length, mask = args[0].shape[1], kwargs["attn_mask"]
     return args, kwargs | {"attn_mask": mask[..., :length, :length]}
-
-
-def _check_names(path: str, cfg: dict[str, Any], schema: type) -> None:
-    valid = {f.name for f in dataclasses.fields(schema)}
-    problems = [f"{path}.{name}: no such setting{did_you_mean(name, valid)}" for name in cfg if name not in valid]
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 class TimmTower(nn.Module):

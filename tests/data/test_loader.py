@@ -21,7 +21,7 @@ from clipkit.data.batch import Batch
 from clipkit.data.build import encode_jpeg, write_shard
 from clipkit.data.decode import Preprocess, decode, fit, read_picture, to_pixels
 from clipkit.data.features import FeatureStore
-from clipkit.data.loader import NAMED_GROUP, Loader, draw_negatives
+from clipkit.data.loader import NAMED_GROUP, Loader, check_first, draw_negatives
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
@@ -196,6 +196,17 @@ def test_an_unreadable_sample_ends_the_run_with_one_clear_message(
     message = str(caught.value)
     assert message.startswith(str(broken.shards[0])) and "data.on_error: skip" in message and "\n" not in message
     assert any(reason in message for reason in ("03: unreadable picture", "07: unreadable", "08: empty", "11: unread"))
+
+
+def test_the_first_pairs_are_read_ahead(load: Callable[..., Loader], broken: Index, index: Index) -> None:
+    plan = Plan(broken, batch_size=12, seed=5, lanes=4, window=3)
+    with pytest.raises(UserError) as ahead:
+        check_first(broken, plan, DataConfig())
+    with pytest.raises(UserError) as then:
+        list(load(broken, batch=12).steps(0, 1))
+    assert str(ahead.value) == str(then.value)
+    check_first(broken, plan, DataConfig(on_error="skip"))
+    check_first(index, Plan(index, batch_size=BATCH, seed=5, lanes=4, window=3), DataConfig())
 
 
 def test_or_is_replaced_by_the_next_and_counted(load: Callable[..., Loader], broken: Index) -> None:

@@ -18,7 +18,7 @@ from clipkit.errors import UserError
 from clipkit.model.dual_encoder import build
 from clipkit.model.load import load, load_checkpoint, save, weights_into
 from clipkit.model.names import resolve
-from clipkit.model.weights import find_checkpoint
+from clipkit.model.spec import check_start, find_checkpoint
 from tests.model.tiny import CAPTIONS, TEXT, VISION, batch_of, tiny, tiny_resnet
 
 TINY = {"embed_dim": 16, "vision_cfg": VISION | {"image_size": 16}, "text_cfg": TEXT | {"vocab_size": 49408}}
@@ -114,10 +114,20 @@ def test_weights_keep_the_type_of_the_model_they_enter(tmp_path: Path):
 )
 def test_a_checkpoint_of_another_architecture_is_one_clear_error(other: Any, message: str, tmp_path: Path):
     save(build(tiny()), tmp_path)
-    with pytest.raises(UserError, match="of another architecture") as caught:
-        build(other.model_copy(update={"start": str(tmp_path)}))
-    assert caught.match(message)
-    assert len(str(caught.value).splitlines()) <= 4
+    for start in (
+        check_start,
+        build,
+    ):  # the first before anything is built, the second whatever the settings leave open
+        with pytest.raises(UserError, match="of another architecture") as caught:
+            start(other.model_copy(update={"start": str(tmp_path)}))
+        assert caught.match(message)
+        assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_a_start_of_the_same_architecture_passes(tmp_path: Path):
+    save(build(tiny(text=TEXT | {"dropout": 0.1})), tmp_path)
+    check_start(tiny(start=str(tmp_path)))
+    check_start(tiny())
 
 
 def test_a_learned_bias_is_not_dropped(tmp_path: Path):
@@ -127,8 +137,9 @@ def test_a_learned_bias_is_not_dropped(tmp_path: Path):
 
 
 def test_start_without_a_checkpoint(tmp_path: Path):
-    with pytest.raises(UserError, match=r"holds no checkpoint: neither model\.json nor"):
-        build(tiny(start=str(tmp_path)))
+    for start in (check_start, build):
+        with pytest.raises(UserError, match=r"holds no checkpoint: neither model\.json nor"):
+            start(tiny(start=str(tmp_path)))
 
 
 # The activation. OpenAI's weights computed with GELU give quietly wrong numbers.

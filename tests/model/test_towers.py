@@ -13,7 +13,8 @@ from torch import nn
 from clipkit.config import ImageTower, ModelConfig
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
-from clipkit.model.towers import TimmTower, build_towers, custom_spec, keep_mask, load_timm_weights, trims_exactly
+from clipkit.model.spec import custom_spec
+from clipkit.model.towers import TimmTower, build_towers, keep_mask, load_timm_weights, trims_exactly
 from tests.model.tiny import CAPTIONS, CONTEXT, RESNET, TEXT, VISION, batch_of, tiny, tiny_resnet
 
 

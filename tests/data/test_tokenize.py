@@ -50,10 +50,27 @@ def test_named_tokenizers_and_pickling(tokenizer: Tokenizer) -> None:
 
 
 def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "CACHED_CAPTIONS", 10)
     monkeypatch.setattr(tokenize, "CACHED_WORDS", 20)
     small = Tokenizer()
     before = small(["<start_of_text> one <end_of_text>"])
     small([f"word{i}x{i}" for i in range(200)])
-    assert len(small._inner.cache) <= 25 and small._ids.cache_info().currsize == 10
+    assert len(small._words) <= 20 and len(small._inner.cache) <= 100
     assert torch.equal(small(["<start_of_text> one <end_of_text>"]), before)
+
+
+def test_fuzz_against_open_clip(tokenizer: Tokenizer) -> None:
+    """40,000 strings: letters of many scripts, entities, marks, control and surrogate-free odd characters."""
+    rng = random.Random(1)
+    pools = [
+        [chr(c) for c in range(32, 127)],
+        [chr(c) for c in (*range(0, 32), *range(127, 592), 0x2018, 0x2019, 0x201C, 0x2028, 0x3000, 0xFB01, 0xFF21)],
+        [chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(3000)],
+        ["&amp;", "&lt;", "&#39;", "'s", "'LL", " ", "  ", "<start_of_text>", "<END_OF_TEXT>", "\x1b[31m", "Ã©", "â€™"],
+        ["a", "the", "Dog", "running", "12", "3.5", "don't", "t-shirt", "U.S.", "...", "é", "ß", "İ", "ſ", "ﬁ"],
+    ]
+    strings = ["".join(rng.choices(rng.choice(pools), k=rng.randint(0, 24))) for _ in range(20_000)]
+    strings += [rng.choice(("", " ")).join(rng.choice(rng.choice(pools)) for _ in range(12)) for _ in range(20_000)]
+    reference = open_clip.SimpleTokenizer()(strings)
+    found = Tokenizer(trim=False)(strings)
+    different = (found != reference).any(1).nonzero().flatten().tolist()
+    assert [strings[i] for i in different] == []

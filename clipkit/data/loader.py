@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit.config import DataConfig
 from clipkit.data.augment import random_crop
 from clipkit.data.batch import Batch
-from clipkit.data.decode import Preprocess, fit, read_picture, to_pixels
+from clipkit.data.decode import Preprocess, fit, read_pixels
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import SHEETS, Sheet, Unreadable, picture_bytes, read_sheet
 from clipkit.data.plan import Plan
@@ -186,7 +186,7 @@ class _Reader:
             if row.isnan().any():
                 raise Unreadable("unreadable picture: it was when its features were stored")
             return row
-        pixels = to_pixels(read_picture(picture_bytes(members)[1]))
+        pixels = read_pixels(picture_bytes(members)[1])
         if self.data.augment == "none":
             return fit(pixels, self.preprocess)
         return random_crop(pixels, self.preprocess, self.data.crop_scale, self.seed, "crop", epoch, id)

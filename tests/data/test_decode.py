@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipkit.data.augment import RATIO, TRIES, crop_box, random_crop
 from clipkit.data.build import encode_jpeg
-from clipkit.data.decode import Preprocess, decode, fit, read_picture, to_pixels
+from clipkit.data.decode import Preprocess, decode, fit, read_picture, read_pixels, to_pixels
 from clipkit.data.members import Unreadable
 from clipkit.data.seeds import uniform
 
@@ -42,6 +42,13 @@ def test_evaluation_transform_is_pillows(shape: tuple[int, int]) -> None:
     left, top = round((width - 64) / 2), round((height - 64) / 2)
     expected = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
     assert_close(fit(to_pixels(picture), Preprocess(size=64)), expected)
+
+
+@pytest.mark.parametrize("settings", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_decoded_as_pillow_does(mode: str, settings: dict[str, int]) -> None:
+    data = encoded(noise_picture(5, 75, 50).convert(mode), "JPEG", **settings)
+    assert torch.equal(read_pixels(data), to_pixels(read_picture(data)))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

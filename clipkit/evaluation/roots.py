@@ -19,8 +19,8 @@ EVERYWHERE = "*"
 class Place(Protocol):
     """Files by relative path."""
 
-    def paths(self) -> list[str]:
-        """Every file, sorted."""
+    def paths(self, below: str = "") -> list[str]:
+        """Every file below a folder, sorted, with its whole path."""
         ...
 
     def __contains__(self, path: object) -> bool: ...
@@ -36,8 +36,9 @@ class Folder:
     def __init__(self, root: Path):
         self.root = root
 
-    def paths(self) -> list[str]:
-        return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+    def paths(self, below: str = "") -> list[str]:
+        files = (self.root / below).rglob("*")
+        return sorted(path.relative_to(self.root).as_posix() for path in files if path.is_file())
 
     def __contains__(self, path: object) -> bool:
         return (self.root / str(path)).is_file()
@@ -56,8 +57,9 @@ class Tars:
             for name in tar.paths():
                 self._where[f"{file.name}/{name}" if name in self._where else name] = (tar, name)
 
-    def paths(self) -> list[str]:
-        return sorted(self._where)
+    def paths(self, below: str = "") -> list[str]:
+        start = f"{below}/" if below else ""
+        return sorted(path for path in self._where if path.startswith(start))
 
     def __contains__(self, path: object) -> bool:
         return path in self._where
@@ -121,8 +123,7 @@ class Roots:
 
     def paths(self, src: str, folder: str = "") -> list[str]:
         """All files of the source below `folder`, with their whole paths."""
-        start = f"{_safe(folder).rstrip('/')}/" if folder else ""
-        return [path for path in self.need(src).paths() if path.startswith(start)]
+        return self.need(src).paths(_safe(folder).rstrip("/") if folder else "")
 
     def describe(self, src: str) -> str:
         """The source's name and what it is."""

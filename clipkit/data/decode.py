@@ -65,7 +65,7 @@ def read_pixels(data: bytes) -> UInt8[Tensor, "3 h w"]:
     if data.startswith(JPEG):
         with suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in ("YCbCr", "Gray") and _size_fault(width, height) is None:
+            if colours in ("YCbCr", "Gray") and _size_fault(int(width), int(height)) is None:
                 return _channels_first(simplejpeg.decode_jpeg(data))
     return to_pixels(read_picture(data))
 

@@ -123,7 +123,10 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-6, gt=0.0)
     warmup: Count = 0
     """Samples of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: `cosine` to zero, `constant`, or `wsd`: constant, then linearly to zero at the end."""
+    decay: Share = 0.2
+    """Share of the run that `wsd` decays over."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
 

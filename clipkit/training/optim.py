@@ -29,12 +29,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of 0-based optimizer step `step`: linear warm-up, then cosine to zero or constant."""
+    """Learning rate of 0-based optimizer step `step`: linear warm-up, then `optim.schedule`.
+
+    `wsd` is warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay.
+    """
     warmup = config.optim.warmup // config.batch_size
     if step < warmup:
         return config.optim.lr * (step + 1) / warmup
     if config.optim.schedule == "constant":
         return config.optim.lr
+    if config.optim.schedule == "wsd":
+        decay = max(1, round(config.optim.decay * config.steps))
+        return config.optim.lr * min(1.0, (config.steps - step) / decay)
     done = (step - warmup) / max(1, config.steps - warmup)
     return config.optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from clipkit.errors import UserError
 from clipkit.registry import SOURCES
@@ -27,13 +27,13 @@ Item = TypeVar("Item")
 class Sample:
     """One picture with its captions, as a source yields it and a shard stores it.
 
-    `image` are the encoded bytes, `suffix` their format, `extra` everything else that KEY.json shall hold
-    ("negatives", "group", "scene", ...; JSON-able).
+    `image` are the encoded bytes, `suffix` their format (one of members.PICTURES), `extra` everything else that
+    KEY.json shall hold ("negatives", "group", "scene", ...; JSON-able).
     """
 
     key: str
     image: bytes
-    suffix: Literal["jpg", "png"]
+    suffix: str
     captions: list[str]
     extra: dict[str, Any] = field(default_factory=dict)
 

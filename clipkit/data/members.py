@@ -69,7 +69,7 @@ def read_sheet(members: Mapping[str, bytes]) -> Sheet:
 def _parse(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(_text(data, "json"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise Unreadable(f"broken json: {error}") from None
     if not isinstance(record, dict):
         raise Unreadable(f"broken json: should hold names and values, found {record!r:.80}")

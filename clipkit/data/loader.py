@@ -22,7 +22,7 @@ from clipkit.data.decode import Preprocess, fit, read_pixels
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import SHEETS, Sheet, Unreadable, picture_bytes, read_sheet
 from clipkit.data.plan import Plan
-from clipkit.data.seeds import bits, permutation
+from clipkit.data.seeds import bits, shuffled
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
@@ -200,12 +200,12 @@ def draw_negatives(negatives: list[dict[str, Any]], k: int, *key: int | str) -> 
     if not k:
         return []
     kinds: dict[str, list[str]] = {}
-    for position in permutation(len(negatives), *key, "texts").tolist():
+    for position in shuffled(len(negatives), *key, "texts"):
         negative = negatives[position]
         if negative["text"].strip():
             kinds.setdefault(str(negative.get("kind", "")), []).append(negative["text"])
     names = sorted(kinds)
-    queues = [kinds[names[turn]] for turn in permutation(len(names), *key, "kinds").tolist()]
+    queues = [kinds[names[turn]] for turn in shuffled(len(names), *key, "kinds")]
     rounds = max(map(len, queues), default=0)
     return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)][:k]
 

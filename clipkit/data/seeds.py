@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import numpy as np
 
@@ -21,3 +22,11 @@ def uniform(n: int, *key: int | str) -> np.ndarray:
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """A uniform permutation of 0 ... n-1 (int64)."""
     return np.argsort(bits(n, *key), kind="stable")
+
+
+def shuffled(n: int, *key: int | str) -> list[int]:
+    """`permutation` as a list, in a third of the time for a handful."""
+    if n < 2:
+        return list(range(n))
+    draws = struct.unpack(f"<{n}Q", hashlib.shake_128(repr(key).encode()).digest(8 * n))
+    return sorted(range(n), key=draws.__getitem__)

@@ -162,6 +162,8 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     log_every: Positive = 10
     """Steps between two lines of the log."""
+    log_samples: bool = False
+    """Write every step's sample ids to samples.jsonl, in the order of the global batch."""
     save_every: Count = 0
     """Samples between two checkpoints; 0: only at the end."""
     keep: Positive = 2

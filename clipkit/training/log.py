@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.config import Config
+from clipkit.data.batch import Batch
 from clipkit.training.optim import learning_rate
 
 
@@ -52,10 +53,14 @@ class RunLog:
         terms: dict[str, Tensor],
         norm: Tensor,
         scale: Tensor,
-        skipped: list[tuple[str, str]],
+        batch: Batch,
     ) -> None:
         """Count a finished step; every `log_every` steps and at the end write a line."""
-        self._skipped.update(reason for _, reason in skipped)
+        self._skipped.update(reason for _, reason in batch.skipped)
+        if self._config.log_samples:
+            shares = distributed.gather_objects(batch.id.tolist())
+            if self._writer:
+                self._writer.samples(step, [id for share in shares for id in share])
         if self._writer:
             self._writer.tick(step)
         if step % self._config.log_every == 0 or step == self._config.steps:
@@ -101,9 +106,8 @@ class _Writer:
     def __init__(self, folder: Path, start: int, config: Config):
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        self._keep_lines_until(start)
-        self._file = self._path.open("a")
+        self._file = _continued(folder / "metrics.jsonl", start)
+        self._samples = _continued(folder / "samples.jsonl", start) if config.log_samples else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._batch_size = config.batch_size
         self._bar = Progress(
@@ -122,6 +126,8 @@ class _Writer:
     def close(self) -> None:
         self._bar.stop()
         self._file.close()
+        if self._samples:
+            self._samples.close()
         self._board.close()
 
     def tick(self, step: int) -> None:
@@ -136,10 +142,17 @@ class _Writer:
             terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
             self._bar.update(self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s")
 
-    def _keep_lines_until(self, step: int) -> None:
-        if not self._path.is_file():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, self._path)
+    def samples(self, step: int, ids: list[int]) -> None:
+        assert self._samples
+        self._samples.write(json.dumps({"step": step, "ids": ids}) + "\n")
+        self._samples.flush()
+
+
+def _continued(path: Path, step: int) -> TextIO:
+    """A log open for more lines, without those beyond `step` and a last one that was cut off."""
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        os.replace(temporary, path)
+    return path.open("a")

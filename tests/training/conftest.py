@@ -53,6 +53,7 @@ def degla_tree(shards: str, folder: Path) -> dict:
         "batch_size": 16,
         "samples": 320,
         "log_every": 1,
+        "log_samples": True,
         "data": {"train": [shards], "negatives": 2, "workers": 0, "lanes": 4, "crop_scale": 0.8},
         "model": {
             "embed_dim": 16,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -35,6 +37,18 @@ def launch(tree: dict, path: Path, ranks: int = 1, *, resume: bool = False) -> s
 def finish(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for it and all its children: torchrun's workers live in sessions of their own."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
+
+
+def samples(folder: Path) -> str:
+    return (folder / "samples.jsonl").read_text()
 
 
 def losses(folder: Path) -> list[float]:
@@ -67,6 +81,7 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         finish(launch(tree, tmp_path / f"{name}.yaml", ranks=2))
         folder = tmp_path / "runs" / name
         assert losses(folder) == pytest.approx(reference, abs=1e-5), name
+        assert samples(folder) == samples(alone), name
         for key, value in weights(alone, "teacher").items():
             torch.testing.assert_close(weights(folder, "teacher")[key], value, atol=2e-3, rtol=0, msg=f"{name} {key}")
 
@@ -79,8 +94,7 @@ def test_killed_and_resumed_equals_never_killed(alone: Path, tiny_tree: dict, tm
     deadline = time.monotonic() + 120
     while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert list((folder / "checkpoints").glob("step_*")), "it was killed before its first checkpoint"
     assert len(losses(folder)) < 20, "it was killed too late to be resumed"
     finish(launch(tree, tmp_path / "killed.yaml", resume=True))
@@ -89,7 +103,7 @@ def test_killed_and_resumed_equals_never_killed(alone: Path, tiny_tree: dict, tm
         assert expected.keys() == got.keys()
         for key, value in expected.items():
             assert torch.equal(value, got[key]), f"{name}: {key}"
-    assert losses(folder) == losses(alone)
+    assert losses(folder) == losses(alone) and samples(folder) == samples(alone)
 
 
 def test_resume_on_another_topology(alone: Path, tiny_tree: dict, tmp_path: Path):
@@ -103,4 +117,25 @@ def test_resume_on_another_topology(alone: Path, tiny_tree: dict, tmp_path: Path
         part.unlink()
     last.rmdir()
     finish(launch(tree, tmp_path / "moved.yaml", resume=True))
-    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5) and samples(folder) == samples(alone)
+
+
+@pytest.mark.slow
+def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
+    """Two ranks killed fifty times at random moments: samples and losses are those of a run left in peace."""
+    rng = random.Random(0)
+    tree = tiny_tree | {"samples": 16 * 3000, "save_every": 16 * 2, "engine": {"kind": "ddp"}}
+    finish(launch(tree | {"name": "peace"}, tmp_path / "peace.yaml", ranks=2))
+    kills = 0
+    while kills < 50:
+        process = launch(tree | {"name": "war"}, tmp_path / "war.yaml", ranks=2, resume=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2, 16))
+            break
+        kill(process)
+        kills += 1
+    finish(launch(tree | {"name": "war"}, tmp_path / "war.yaml", ranks=2, resume=True))
+    assert kills >= 50, "the run was over before it had been killed often enough"
+    war, peace = (tmp_path / "runs" / name for name in ("war", "peace"))
+    assert samples(war) == samples(peace)
+    assert losses(war) == losses(peace)

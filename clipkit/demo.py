@@ -23,6 +23,8 @@ from clipkit.training.loop import train
 RUNS = ("clip", "degla")
 NEGATIVES = ("swap_nouns", "swap_adjectives", "replace_relations")
 """Kinds of negatives that change who has what and what lies where. Plain CLIP finds replaced words by itself."""
+USUAL = 3
+"""Captions that hold any two neighbouring words of a negative, at least: others give themselves away (docs/log.md)."""
 ZEROSHOT = ("world_object", "world_shape", "world_colour", "world_texture")
 
 
@@ -34,7 +36,7 @@ def run(out: Path, *, pictures: int = 16_000, settings: tuple[str, ...] = ()) ->
         console.rule("world")
         build_world(out / "world", pictures=pictures)
     console.rule("negatives")
-    make([out / "world/train-*.tar"], out / "shards", kinds=NEGATIVES, per_kind=2)
+    make([out / "world/train-*.tar"], out / "shards", kinds=NEGATIVES, per_kind=2, usual=USUAL)
     for name in ("start", *RUNS):
         console.rule(f"train {name}")
         _train(out, name, settings)

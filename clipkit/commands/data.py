@@ -125,6 +125,9 @@ def make(
     kinds: Annotated[str | None, typer.Option(metavar="A,B,...", help="Kinds; default: the five of DeGLA.")] = None,
     per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Negatives of each kind a caption.")] = 1,
     seed: Seed = 0,
+    usual: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Drop those with neighbouring words in fewer than N captions.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes; the result is the same.")] = 2,
     json_path: Json = None,
 ) -> None:
@@ -134,7 +137,7 @@ def make(
     """
     from clipkit.negatives.make import make
 
-    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, workers=workers)
+    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, usual=usual, workers=workers)
     if json_path:
         write_json(report.to_json(), json_path)
     if json_path != STDOUT:

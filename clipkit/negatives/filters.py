@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import blake2b
 from itertools import pairwise
 
 from clipkit.negatives.english import article
@@ -24,14 +25,26 @@ LONGER = 2.0
 _WORD = re.compile(r"'s\b|\w+(?:-\w+)*(?:'(?!s\b)\w+)*")
 
 
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Which words stand side by side in captions; `mark` names the set."""
+
+    pairs: frozenset[Pair]
+    mark: str
+
+
 @dataclass(frozen=True)
 class Case:
-    """A candidate beside its caption, its kind and the other captions of the picture."""
+    """A candidate beside its caption, its kind, the other captions of the picture, and usage where it counts."""
 
     text: str
     caption: str
     kind: str
     siblings: tuple[str, ...] = ()
+    usage: Usage | None = None
 
     @cached_property
     def words(self) -> tuple[str, ...]:
@@ -87,12 +100,34 @@ def _wrong_article(case: Case) -> bool:
 
 
 def _said_elsewhere(case: Case) -> bool:
-    """Another caption that speaks of the same things has the new word in the place of the old one."""
+    """Another caption that speaks of the same things has the new word in the place of the old one.
+
+    Of a relation it has to name the things in the same order: "a heart below a star" does not put the star below.
+    """
     if not case.kind.startswith("replace"):
         return False
     ours, theirs = content(case.text), content(case.caption)
     new, old, kept = ours - theirs, theirs - ours, ours & theirs
-    return any(new & said and not old & said and kept & said for said in map(content, case.siblings))
+
+    def says_so(sibling: str) -> bool:
+        said = content(sibling)
+        same = kept & said
+        if not (new & said and same) or old & said:
+            return False
+        return case.kind != "replace_relations" or _order(case.text, same) == _order(sibling, same)
+
+    return any(map(says_so, case.siblings))
+
+
+def _order(text: str, concepts: frozenset[str]) -> list[str]:
+    return [name for name in map(concept, _words(text)) if name in concepts]
+
+
+def _unusual(case: Case) -> bool:
+    """Two neighbouring words that captions do not hold: such a negative can be told without its picture."""
+    if case.usage is None or case.kind.startswith("reshuffle"):
+        return False
+    return not set(pairwise(case.words)) <= case.usage.pairs | set(pairwise(case.original))
 
 
 CHECKS: dict[str, Callable[[Case], bool]] = {
@@ -105,8 +140,16 @@ CHECKS: dict[str, Callable[[Case], bool]] = {
     "repeated word": _stutter,
     "wrong article": _wrong_article,
     "another caption says so": _said_elsewhere,
+    "unusual neighbours": _unusual,
 }
 """Reason → whether a case is dropped for it, in the order they are asked."""
+
+
+def usage_of(captions: Iterable[str], at_least: int) -> Usage:
+    """The pairs of neighbouring words that at least so many captions hold."""
+    counts = Counter(pair for caption in captions for pair in set(pairwise(_words(caption))))
+    pairs = frozenset(pair for pair, count in counts.items() if count >= at_least)
+    return Usage(pairs, blake2b(repr(sorted(pairs)).encode(), digest_size=8).hexdigest())
 
 
 def reason_to_drop(case: Case) -> str:
@@ -121,6 +164,7 @@ def keep(
     *,
     limit: int,
     siblings: Sequence[str] = (),
+    usage: Usage | None = None,
     taken: set[str],
     drops: Counter[str],
 ) -> list[str]:
@@ -129,7 +173,7 @@ def keep(
     for text in candidates:
         if len(kept) == limit:
             break
-        case = Case(text, caption, kind, tuple(siblings))
+        case = Case(text, caption, kind, tuple(siblings), usage)
         mark = " ".join(case.words)
         reason = "duplicate" if mark in taken else reason_to_drop(case)
         if reason:

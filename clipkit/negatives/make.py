@@ -10,7 +10,8 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,10 +19,10 @@ from random import Random
 from typing import Any
 
 from clipkit.data.build import tracked
-from clipkit.data.members import Unreadable, read_sheet
+from clipkit.data.members import SHEETS, Unreadable, read_sheet
 from clipkit.data.shards import Index, expand, write_atomic
 from clipkit.errors import UserError
-from clipkit.negatives.filters import keep
+from clipkit.negatives.filters import Usage, keep, usage_of
 from clipkit.registry import RULES
 
 KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "replace_nouns")
@@ -84,6 +85,7 @@ class Recipe:
     kinds: tuple[str, ...]
     per_kind: int
     seed: int
+    usage: Usage | None = None
 
 
 def make(
@@ -93,20 +95,23 @@ def make(
     kinds: Sequence[str] | None = None,
     per_kind: int = 1,
     seed: int = 0,
+    usual: int = 0,
     workers: int = 2,
     progress: bool = True,
 ) -> Report:
     """Write every shard again, to `out`, with up to `per_kind` negatives of each kind for every caption in KEY.json.
 
     Pictures and texts are copied byte for byte; negatives of another source stay. What a caption gets depends on it,
-    on the other captions of the picture, the kinds and the seed: not on workers or shards. A shard finished by an
-    earlier call with the same settings is kept. Raises UserError for an unknown kind, for shards of one name and for
-    an unreadable sheet.
+    on the other captions of the picture, the kinds and the seed: not on workers or shards. With `usual` it depends on
+    all captions: a negative with two neighbouring words that fewer of them hold could be told without its picture, and
+    is dropped. A shard finished by an earlier call with the same settings is kept. Raises UserError for an unknown
+    kind, for shards of one name and for an unreadable sheet.
     """
-    recipe = Recipe(tuple(kinds or KINDS), per_kind, seed)
-    for kind in recipe.kinds:
+    for kind in kinds or KINDS:
         RULES.entry(kind)
     folder, started = Path(out), time.perf_counter()
+    usage = usage_of(_captions(shards), usual) if usual else None
+    recipe = Recipe(tuple(kinds or KINDS), per_kind, seed, usage)
     jobs = [(path, folder / path.name, recipe) for path in expand(shards)]
     _check_places([job[0] for job in jobs], folder)
     total = Report()
@@ -136,7 +141,10 @@ def negatives(
     for kind in recipe.kinds:
         candidates = RULES[kind](caption, Random(f"{recipe.seed}:{kind}:{caption}"))
         drops = report.drops.setdefault(kind, Counter())
-        texts = keep(candidates, caption, kind, limit=recipe.per_kind, siblings=siblings, taken=taken, drops=drops)
+        texts = keep(
+            candidates, caption, kind, limit=recipe.per_kind, siblings=siblings, usage=recipe.usage, taken=taken,
+            drops=drops,
+        )  # fmt: skip
         if texts:
             report.covered[kind] += 1
             report.kinds[kind] += len(texts)
@@ -146,6 +154,14 @@ def negatives(
         found += [{"text": text, "kind": kind, "source": SOURCE, "seed": recipe.seed} for text in texts]
     report.covered["any"] += bool(found)
     return found
+
+
+def _captions(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
+    """Every caption; unreadable sheets are for `_make_shard` to name."""
+    index = Index.load(shards)
+    for id in range(len(index)):
+        with suppress(Unreadable):
+            yield from read_sheet(index.read(id, SHEETS)).captions
 
 
 def _check_places(paths: list[Path], folder: Path) -> None:
@@ -241,7 +257,8 @@ def _finished(source: Path, target: Path, recipe: Recipe) -> Report | None:
 
 def _stamp(source: Path, target: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished shard was made from, and how."""
-    settings = asdict(recipe) | {"kinds": list(recipe.kinds)}
+    usage = recipe.usage.mark if recipe.usage else ""
+    settings = {"kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed, "usage": usage}
     state = source.stat()
     return settings | {
         "rules": _rules_mark(),

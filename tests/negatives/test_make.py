@@ -84,6 +84,15 @@ def test_finished_shards_are_kept(shards: list[Path], tmp_path: Path) -> None:
     assert not list(out.glob(".*.tmp"))
 
 
+def test_usual_negatives_only(shards: list[Path], tmp_path: Path) -> None:
+    free, bound = (make(shards, tmp_path / str(n), usual=n, workers=n + 1, progress=False) for n in (0, 1))
+    dropped = sum(drops["unusual neighbours"] for drops in bound.drops.values())
+    assert dropped and sum(bound.kinds.values()) < sum(free.kinds.values())
+    assert not any("unusual neighbours" in drops for drops in free.drops.values())
+    assert make(shards, tmp_path / "1", usual=1, workers=1, progress=False).kept_shards == len(shards)
+    assert make(shards, tmp_path / "1", usual=0, workers=1, progress=False).kept_shards == 0
+
+
 def test_negatives_of_another_source_stay(tmp_path: Path) -> None:
     foreign = {"text": "a cat", "kind": "replace_nouns", "source": "llm"}
     stale = {"text": "a bat", "kind": "replace_nouns", "source": "rule"}

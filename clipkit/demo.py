@@ -21,8 +21,9 @@ from clipkit.negatives.make import make
 from clipkit.training.loop import train
 
 RUNS = ("clip", "degla")
-NEGATIVES = ("swap_nouns", "swap_adjectives", "replace_relations")
-"""Kinds of negatives that change who has what and what lies where. Plain CLIP finds replaced words by itself."""
+NEGATIVES = ("swap_noun_phrases", "replace_relations", "swap_adjectives")
+"""Kinds of negatives: two for what lies where, one for who has what. Swapped nouns would give themselves away by their
+colours, and places be learned late (docs/log.md). Plain CLIP finds replaced words by itself."""
 USUAL = 3
 """Captions that hold any two neighbouring words of a negative, at least: others give themselves away (docs/log.md)."""
 ZEROSHOT = ("world_object", "world_shape", "world_colour", "world_texture")

@@ -1,14 +1,14 @@
 """The kinds of negatives made without a model: pure functions of (caption, rng) to candidate rewrites.
 
 DeGLA's five (arXiv 2504.16801): intra-sentence reshuffle {reshuffle, swap_nouns, swap_adjectives} and minimal
-substitution {replace_adjectives, replace_nouns}; beside them replace_verbs and replace_relations. A candidate always
-differs in meaning as far as words can tell; clipkit.negatives.filters has the last word.
+substitution {replace_adjectives, replace_nouns}; beside them swap_noun_phrases, replace_verbs and replace_relations.
+A candidate always differs in meaning as far as words can tell; clipkit.negatives.filters has the last word.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from random import Random
 from typing import TypeVar
@@ -53,22 +53,28 @@ def swap_nouns(caption: str, rng: Random) -> Rewrites:
     Candidates in which a living thing trades places with another, or a thing with a thing, come first.
     """
     lex, parsed = lexicon(), parse(caption)
-    phrases = [phrase for phrase in parsed.phrases if _is_thing(parsed, phrase, lex)]
-    if len(phrases) < 2:
-        return Rewrites(reason="fewer than two things")
     alike, mixed = [], []
-    for a, b in combinations(phrases, 2):
-        if lex.nouns.related(a.lemma, b.lemma):
-            continue
-        same = equivalent(parsed, a, b, lex)
-        if same and parsed.attributes(a) == parsed.attributes(b):
-            continue
+    for a, b, same in _exchangeable(parsed, lex):
         texts = alike if animate(a) == animate(b) else mixed
         if not same and may_move(parsed, a, b):
             texts.append(_exchange_phrases(parsed, a, b, caption))
         into_a, into_b = noun_for_slot(b, a), noun_for_slot(a, b)
         if into_a and into_b and not parsed.is_compound(a) and not parsed.is_compound(b):
             texts.append(put(parsed, {a.stop - 1: into_a, b.stop - 1: into_b}, caption))
+    return _ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
+
+
+@rule()
+def swap_noun_phrases(caption: str, rng: Random) -> Rewrites:
+    """Two noun phrases change places with all their adjectives (NegCLIP, arXiv 2210.01936): who has what stays.
+
+    So the exchange shows only in where things are, or who does what to whom.
+    """
+    lex, parsed = lexicon(), parse(caption)
+    alike, mixed = [], []
+    for a, b, same in _exchangeable(parsed, lex):
+        if not same and may_move(parsed, a, b):
+            (alike if animate(a) == animate(b) else mixed).append(_exchange_phrases(parsed, a, b, caption))
     return _ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
 
 
@@ -186,6 +192,17 @@ def _ordered(rng: Random, *tiers: list[str], reason: str) -> Rewrites:
     """The candidates of each tier in random order, better tiers first."""
     texts = [text for tier in tiers for text in rng.sample(tier, len(tier))]
     return Rewrites(dict.fromkeys(texts), reason="" if texts else reason)
+
+
+def _exchangeable(parsed: Parsed, lex: Lexicon) -> Iterator[tuple[Phrase, Phrase, str]]:
+    """Pairs of different things, and why their places mean the same ("and", "next to"; "" where they do not)."""
+    phrases = [phrase for phrase in parsed.phrases if _is_thing(parsed, phrase, lex)]
+    for a, b in combinations(phrases, 2):
+        if lex.nouns.related(a.lemma, b.lemma):
+            continue
+        same = equivalent(parsed, a, b, lex)
+        if not (same and parsed.attributes(a) == parsed.attributes(b)):
+            yield a, b, same
 
 
 def _exchange_phrases(parsed: Parsed, a: Phrase, b: Phrase, caption: str) -> str:

@@ -82,6 +82,7 @@ def test_articles_and_capitals(kind: str) -> None:
             },
         ),
         ("swap_nouns", "An apple is under a table", {"A table is under an apple"}),
+        ("swap_noun_phrases", "An apple is under a table", {"A table is under an apple"}),
         ("swap_adjectives", "a red ball and a blue box", {"a blue ball and a red box"}),
         ("swap_adjectives", "jenny is happy and mike is sad", {"jenny is sad and mike is happy"}),
         ("swap_adjectives", "two red circles and three blue stars", {
@@ -98,6 +99,11 @@ def test_expected_rewrites(kind: str, caption: str, expected: set[str]) -> None:
     assert expected <= everything(kind, caption)
 
 
+def test_swapped_phrases_keep_what_is_whose() -> None:
+    found = everything("swap_noun_phrases", "a small red circle is to the left of a big blue square")
+    assert found == {"a big blue square is to the left of a small red circle"}
+
+
 @pytest.mark.parametrize(
     ("kind", "caption"),
     [
@@ -109,6 +115,8 @@ def test_expected_rewrites(kind: str, caption: str, expected: set[str]) -> None:
         ("swap_nouns", "a man watches a man"),
         ("swap_nouns", "A person helps a man"),
         ("swap_nouns", "a bowl of ice cream"),
+        ("swap_noun_phrases", "a red dog and a black cat"),
+        ("swap_noun_phrases", "a red circle next to a blue square"),
         ("swap_adjectives", "a red circle and a blue circle"),
         ("swap_adjectives", "a black and white dog"),
         ("swap_adjectives", "a big dog chases a large cat"),

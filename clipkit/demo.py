@@ -29,7 +29,7 @@ USUAL = 3
 ZEROSHOT = ("world_object", "world_shape", "world_colour", "world_texture")
 
 
-def run(out: Path, *, pictures: int = 16_000, settings: tuple[str, ...] = ()) -> Path:
+def run(out: Path, *, pictures: int = 14_000, settings: tuple[str, ...] = ()) -> Path:
     """Carry out the demo under `out`; returns the path of the report. `settings`: overrides for all three runs."""
     console = Console(stderr=True)
     began = time.perf_counter()

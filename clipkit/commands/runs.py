@@ -70,7 +70,7 @@ def check(config: ConfigFile, settings: Settings = None) -> None:
 def demo(
     settings: Settings = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is written.")] = Path("demo"),
-    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of the world to train on.")] = 16_000,
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of the world to train on.")] = 14_000,
 ) -> None:
     """Run the whole chain on a generated world.
 

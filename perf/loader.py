@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-import webdataset as wds
+import webdataset
 from PIL import Image
 from startup import processor
 from torchvision.transforms import InterpolationMode
@@ -46,28 +46,25 @@ TOKENIZER = Tokenizer()
 WORDS = "a the two young brown dog man woman runs jumps through over green grass red ball while wearing shirt"
 
 
-def shards(pictures: Path, out: Path, count: int, negatives: int, captions: int, short: int | None = None) -> Path:
-    """A shard of `count` pictures of 512 x 384 (or brought to a short side), Flickr-like captions and negatives."""
-    words = WORDS.split()
-    draw = np.random.default_rng(0)
-    say = lambda: " ".join(draw.choice(words, 11)) + " ."  # noqa: E731
+def shard(pictures: Path, out: Path, count: int, negatives: int) -> Path:
+    """A shard of `count` pictures of 512 x 384 with a Flickr-like caption and so many negatives each."""
+    words, draw = WORDS.split(), np.random.default_rng(0)
+
+    def sentence() -> str:
+        return " ".join(draw.choice(words, 11)) + " ."
 
     def samples() -> Iterator[Sample]:
         with tarfile.open(pictures) as tar:
             names = [m for m in tar.getmembers() if m.name.endswith(".jpg")]
             for i in range(count):
                 file: Any = tar.extractfile(names[i % len(names)])
-                picture = Image.open(file).convert("RGB").resize((512, 384), Image.Resampling.BICUBIC)
-                if short:
-                    picture = picture.resize((512 * short // 384, short), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
+                picture = Image.open(file).convert("RGB").resize((512, 384), Image.Resampling.BICUBIC)
                 picture.save(buffer, "JPEG", quality=QUALITY)
-                extra = {
-                    "negatives": [[{"text": say(), "kind": "x"} for _ in range(negatives)] for _ in range(captions)]
-                }
-                yield Sample(f"{i:06d}", buffer.getvalue(), "jpg", [say() for _ in range(captions)], extra)
+                extra = {"negatives": [[{"text": sentence(), "kind": "x"} for _ in range(negatives)]]}
+                yield Sample(f"{i:06d}", buffer.getvalue(), "jpg", [sentence()], extra)
 
-    path = out / f"{negatives}-{captions}-{short}.tar"
+    path = out / f"{negatives}.tar"
     write_shard(samples(), path)
     return path
 
@@ -77,14 +74,14 @@ def peer(shard: Path) -> Iterator[Any]:
     transform = open_clip.image_transform(SIZE, is_train=True)
     tokenizer = open_clip.SimpleTokenizer()
     return iter(
-        wds.DataPipeline(  # type: ignore[attr-defined]
-            wds.SimpleShardList([str(shard)]),  # type: ignore[attr-defined]
-            wds.tarfile_to_samples(),  # type: ignore[attr-defined]
-            wds.decode("pilrgb"),  # type: ignore[attr-defined]
-            wds.rename(image="jpg;png;jpeg;webp", text="txt"),  # type: ignore[attr-defined]
-            wds.map_dict(image=transform, text=lambda text: tokenizer(text, context_length=77)[0]),  # type: ignore[attr-defined]
-            wds.to_tuple("image", "text"),  # type: ignore[attr-defined]
-            wds.batched(BATCH, partial=False),  # type: ignore[attr-defined]
+        webdataset.DataPipeline(
+            webdataset.SimpleShardList([str(shard)]),
+            webdataset.tarfile_to_samples(),
+            webdataset.decode("pilrgb"),
+            webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
+            webdataset.map_dict(image=transform, text=lambda text: tokenizer(text, context_length=77)[0]),
+            webdataset.to_tuple("image", "text"),
+            webdataset.batched(BATCH, partial=False),
         )
     )
 
@@ -105,10 +102,9 @@ def cpu_ms(run: Callable[[], Iterator[Any]], samples: int) -> float:
     return (time.process_time() - began) / samples * 1e3
 
 
-def stages(shard: Path) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
+def stages() -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
     """Stage → (open_clip's, clipkit's) on the same input."""
     crop = {"top": 10, "left": 12, "height": 360, "width": 480}
-    bytes_to_picture = lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # noqa: E731
     theirs = open_clip.SimpleTokenizer()
 
     def resized(data: Any) -> Any:
@@ -118,7 +114,10 @@ def stages(shard: Path) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any],
         return resize(data[1][:, 10:370, 12:492], SIZE, SIZE, "bicubic")
 
     return {
-        "decode": (lambda row: bytes_to_picture(row[0]), lambda row: read_pixels(row[0])),
+        "decode": (
+            lambda row: np.asarray(Image.open(io.BytesIO(row[0])).convert("RGB")),
+            lambda row: read_pixels(row[0]),
+        ),
         "crop and resize": (lambda row: resized(row[1:3]), lambda row: ours_resized(row[1:3])),
         "tokenise a caption": (lambda row: theirs([row[3]]), lambda row: TOKENIZER([row[3]])),
         "tokenise five captions": (lambda row: theirs(row[4]), lambda row: TOKENIZER(row[4])),
@@ -152,7 +151,7 @@ def main(pictures: str, samples: int = 512) -> None:
     """Measure, print, write."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        one, five = (shards(Path(pictures), Path(folder), samples, k, 1) for k in (0, 4))
+        one, five = (shard(Path(pictures), Path(folder), samples, k) for k in (0, 4))
         runs = {
             "open_clip, 1 caption": lambda: peer(one),
             "clipkit, 1 caption": lambda: ours(one),
@@ -166,7 +165,7 @@ def main(pictures: str, samples: int = 512) -> None:
                 times[name].append(cpu_ms(run, samples))
         rows = rows_of(five, min(200, samples))
         parts = {}
-        for name, pair in stages(five).items():
+        for name, pair in stages().items():
             best = [min(cpu_ms(lambda call=call: map(call, rows), len(rows)) for _ in range(ROUNDS)) for call in pair]
             parts[name] = {"open_clip_ms": round(best[0], 4), "clipkit_ms": round(best[1], 4)}
             parts[name]["ratio"] = round(best[0] / best[1], 2)
@@ -182,7 +181,11 @@ def main(pictures: str, samples: int = 512) -> None:
         "date": str(date.today()),
         "hardware": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__, "webdataset": wds.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+            "webdataset": webdataset.__version__,
+        },
         "picture": f"512 x 384, {size / 1e3:.0f} kB",
         "rounds": ROUNDS,
         "whole pipeline, CPU a sample": pipeline,

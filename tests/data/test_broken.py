@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import random
 import signal
 import tarfile
@@ -234,14 +233,13 @@ def test_archives(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
         ends = {m.name: m.offset_data + m.size for m in tar.getmembers()}
     in_front = {str(i) for i in range(GOOD) if max(ends[f"{i}.jpg"], ends[f"{i}.txt"]) <= same}
     try:
-        keys, _ = arrivals(path, tokenizer)
+        keys, left_out = arrivals(path, tokenizer)
     except UserError as refused:
         assert "\n" not in str(refused) and "x.tar" in str(refused) and not in_front
     else:
         assert in_front <= keys
+        assert left_out or keys == {str(i) for i in range(GOOD)}
 
 
 def test_there_are_a_hundred() -> None:
-    kinds = [PICTURES, SHEETS, MEMBERS, ARCHIVES]
-    assert sum(map(len, kinds)) >= 100
-    assert json.dumps([list(kind) for kind in kinds])
+    assert sum(map(len, (PICTURES, SHEETS, MEMBERS, ARCHIVES))) >= 100

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -58,12 +59,12 @@ def test_pairs_stay_and_pictures_shrink(old: list[Path], tmp_path: Path) -> None
 
 
 def test_resumed_or_with_more_workers_the_same_bytes(old: list[Path], tmp_path: Path) -> None:
-    settings = {"short_side": 48, "per_shard": 1, "progress": False}
-    reshard(old, tmp_path / "one", workers=1, **settings)  # type: ignore[arg-type]
-    reshard(old, tmp_path / "two", workers=2, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"short_side": 48, "per_shard": 1, "progress": False}
+    reshard(old, tmp_path / "one", workers=1, **settings)
+    reshard(old, tmp_path / "two", workers=2, **settings)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two") and len(hashes(tmp_path / "one")) == 3
     (tmp_path / "two/shard-000001.tar").unlink()
-    report = reshard(old, tmp_path / "two", workers=1, **settings)  # type: ignore[arg-type]
+    report = reshard(old, tmp_path / "two", workers=1, **settings)
     assert (report.kept, report.samples) == (2, 1) and hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -27,11 +27,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
+class SourceConfig(Section):
+    """One of several sources of training data."""
+
+    train: list[str]
+    """Tar shards: paths or globs."""
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share of every batch, relative to the other sources' (all of them have a weight, or none)."""
+    epochs: float = Field(default=1.0, gt=0.0)
+    """Without weights: how often this source is read while one with 1 is read once."""
+
+
 class DataConfig(Section):
     """Which shards are read, and how a sample becomes a row of the batch."""
 
     train: list[str] = []
     """Tar shards: paths or globs."""
+    sources: dict[str, SourceConfig] = {}
+    """Several sources instead of `train`, by name; every batch holds the same number of pairs of each."""
     negatives: Count = 0
     """Hard-negative captions a pair (K); sampled from the shard's `negatives`, uniformly over kinds."""
     caption: Literal["sample", "first"] = "sample"
@@ -340,7 +353,10 @@ def explain(error: Any) -> str:
 def _names_at(location: tuple[Any, ...]) -> list[str]:
     model: Any = Config
     for part in location:
-        model = model.model_fields[part].annotation
+        if get_origin(model) is dict:
+            model = get_args(model)[1]
+        else:
+            model = model.model_fields[part].annotation
     return [*model.model_fields, *(["base"] if model is Config else [])]
 
 
@@ -387,8 +403,25 @@ def _cross_check(config: Config) -> list[str]:
         problems.append("data.cache_image_features needs model.lock_image: true (features of a learning tower change)")
     if config.data.cache_image_features and config.data.augment != "none":
         problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
+    problems += _check_sources(config.data)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems
+
+
+def _check_sources(data: DataConfig) -> list[str]:
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    problems = []
+    if data.sources and data.train:
+        problems.append("data.sources: stands instead of data.train, both are given")
+    if weighted and len(weighted) < len(data.sources):
+        without = [name for name in data.sources if name not in weighted]
+        problems.append(f"data.sources: give every source a weight, or none; without: {', '.join(without)}")
+    problems += [
+        f"data.sources.{name}.epochs: weights already say how often it is read"
+        for name in weighted
+        if "epochs" in data.sources[name].model_fields_set
+    ]
     return problems

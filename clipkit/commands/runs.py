@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,18 +25,19 @@ def train(
     from clipkit import config as configuration
 
     checked = configuration.load(config, settings or ())
-    from clipkit.data.shards import Index
     from clipkit.model.spec import check_start
 
     # What is missing or foreign is said before the towers' libraries are imported, which takes seconds.
     check_start(checked.model)
-    if checked.data.train:
-        index = Index.load(checked.data.train, on_error=checked.data.on_error)
-        from clipkit.data.loader import check_first
-        from clipkit.data.plan import Plan
+    if checked.data.train or checked.data.sources:
+        from clipkit.data.mixture import open_data
 
-        plan = Plan(index, batch_size=checked.batch_size, seed=checked.seed, lanes=checked.data.lanes)
+        index, plan = open_data(checked)
+        from clipkit.data.loader import check_first
+
         check_first(index, plan, checked.data)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*plan.summary(checked.steps), sep="\n", file=sys.stderr)
     from clipkit.training.loop import train
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts dead ranks anew

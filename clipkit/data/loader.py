@@ -21,6 +21,7 @@ from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess, fit, read_pixels
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import SHEETS, Sheet, Unreadable, picture_bytes, read_sheet
+from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.data.seeds import bits, shuffled
 from clipkit.data.shards import Index
@@ -53,7 +54,7 @@ class Loader:
     def __init__(
         self,
         index: Index,
-        plan: Plan,
+        plan: Plan | Mixture,
         *,
         data: DataConfig,
         preprocess: Preprocess,
@@ -66,7 +67,9 @@ class Loader:
         if plan.batch_size % world:
             raise UserError(f"batch_size: {plan.batch_size} pairs cannot be split evenly over {world} ranks")
         self.workers = data.workers
-        self._steps = _Steps(plan, rank, world, _Reader(index, data, preprocess, seed, features), tokenizer)
+        self._steps = _Steps(
+            plan, rank, world, _Reader(index, plan.ranges, data, preprocess, seed, features), tokenizer
+        )
 
     def steps(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the global steps start ... stop-1, over as many epochs as that takes.
@@ -90,27 +93,27 @@ class Loader:
             yield item
 
 
-def check_first(index: Index, plan: Plan, data: DataConfig) -> None:
+def check_first(index: Index, plan: Plan | Mixture, data: DataConfig) -> None:
     """Read the first FIRST pairs of `plan`; raises UserError at an unreadable one (`data.on_error: raise`)."""
     if data.on_error == "raise":
-        reader = _Reader(index, data, Preprocess(), seed=0, features=None)
-        for id in plan.ids(0, 0)[:FIRST].tolist():
+        reader = _Reader(index, plan.ranges, data, Preprocess(), seed=0, features=None)
+        for id in plan.rows(0)[0][:FIRST].tolist():
             reader.usable(id, 0, [])
 
 
 class _Steps(Dataset):
     """Global step → this rank's slice of the global batch."""
 
-    def __init__(self, plan: Plan, rank: int, world: int, reader: _Reader, tokenizer: Tokenizer):
+    def __init__(self, plan: Plan | Mixture, rank: int, world: int, reader: _Reader, tokenizer: Tokenizer):
         self.plan, self.reader, self.tokenizer = plan, reader, tokenizer
         share = plan.batch_size // world
         self.slice = slice(rank * share, (rank + 1) * share)
 
     def __getitem__(self, step: int) -> Batch | UserError:
-        epoch, i = self.plan.at(step)
+        ids, epochs = (numbers[self.slice].tolist() for numbers in self.plan.rows(step))
         skipped: list[tuple[str, str]] = []
         try:
-            rows = [self.reader.usable(id, epoch, skipped) for id in self.plan.ids(epoch, i)[self.slice].tolist()]
+            rows = [self.reader.usable(id, epoch, skipped) for id, epoch in zip(ids, epochs)]
         except UserError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback
         return self._stack(rows, skipped)
@@ -145,15 +148,18 @@ class _Reader:
     """Sample id and epoch → the row it becomes."""
 
     index: Index
+    ranges: list[range]
+    """Ids of each source; an unreadable pair is replaced by one of its own."""
     data: DataConfig
     preprocess: Preprocess
     seed: int
     features: FeatureStore | np.ndarray | None
 
     def usable(self, id: int, epoch: int, skipped: list[tuple[str, str]]) -> Row:
-        """The row of `id`, or of the next readable id (cyclic), noting each that is not."""
-        for candidate in range(id, id + min(PATIENCE, len(self.index))):
-            candidate %= len(self.index)
+        """The row of `id`, or of the next readable id of its source (cyclic), noting each that is not."""
+        home = next(span for span in self.ranges if id in span)
+        for turn in range(min(PATIENCE, len(home))):
+            candidate = home[(id - home.start + turn) % len(home)]
             try:
                 return self.row(candidate, epoch)
             except Unreadable as reason:

@@ -47,6 +47,8 @@ class Plan:
         self.fingerprint = index.fingerprint
         if self.samples < batch_size:
             raise UserError(f"batch_size: {batch_size} is more than the {self.samples} samples of data.train; lower it")
+        self.ranges = [range(self.samples)]
+        """The dense ids of each source: here all of one."""
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
     @property
@@ -57,6 +59,11 @@ class Plan:
     def at(self, step: int) -> tuple[int, int]:
         """Global step → (epoch, batch of the epoch)."""
         return divmod(step, self.batches)
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Dense ids and, of each, the epoch (int64 [batch_size]) of a global step."""
+        epoch, i = self.at(step)
+        return self.ids(epoch, i), np.full(self.batch_size, epoch)
 
     def batch(self, epoch: int, i: int) -> list[SampleRef]:
         """The global batch `i` of an epoch, in order; ranks take contiguous slices of it."""
@@ -82,8 +89,12 @@ class Plan:
         """The step of a stored position. Raises UserError when it belongs to another order of reading."""
         changed = [f"{k}: {position.get(k)} → {v}" for k, v in self._identity().items() if position.get(k) != v]
         if changed:
-            raise UserError(f"the data is not the one this run began with ({', '.join(changed)}); start a new run")
+            raise UserError(f"not the data and order that this run began with ({', '.join(changed)})")
         return position["step"]
+
+    def summary(self, steps: int) -> list[str]:
+        """In words: the pairs, and how often a run of `steps` goes through them."""
+        return [f"{self.samples:,} pairs, {steps / self.batches:.2f} epochs"]
 
     def _identity(self) -> dict[str, Any]:
         names = ("samples", "batch_size", "seed", "lanes", "window", "fingerprint")

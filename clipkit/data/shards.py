@@ -73,6 +73,7 @@ class Index:
             for key, reason in summary.problems
         ]
         """(shard/key, reason) of what was left out of the index."""
+        self._summaries = summaries
         self._prints = [summary.fingerprint for summary in summaries]
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
@@ -95,6 +96,19 @@ class Index:
             summaries.append(summarise(shard))
             _refuse(shard, summaries[-1], on_error)
         return cls(shards, summaries)
+
+    @classmethod
+    def join(cls, parts: dict[str, Index]) -> Index:
+        """One index of several sources, in the order of their names. Raises UserError for a shard in two of them."""
+        parts, owners = dict(sorted(parts.items())), {}
+        for name, part in parts.items():
+            for shard in part.shards:
+                if (other := owners.setdefault(shard.resolve(), name)) != name:
+                    raise UserError(f"data.sources: {shard} is in {other} and in {name}; a shard belongs to one source")
+        return cls(
+            [shard for part in parts.values() for shard in part.shards],
+            [summary for part in parts.values() for summary in part._summaries],
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.config import Config
+from clipkit.data.mixture import Mixture
+from clipkit.data.plan import Plan
 from clipkit.errors import UserError
 from clipkit.model.load import save as save_model
 from clipkit.model.teacher import Teacher
@@ -65,26 +67,27 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*"))
 
 
-def restore(folder: Path, engine: Engine, teacher: Teacher | None, fingerprint: str) -> int:
+def restore(folder: Path, engine: Engine, teacher: Teacher | None, plan: Plan | Mixture) -> int:
     """Bring everything back to the newest checkpoint of the run; returns its step, 0 when there is none."""
     whole = whole_checkpoints(folder)
     if not whole:
         return 0
     last = whole[-1]
     state = json.loads((last / "state.json").read_text())
-    if state["position"]["fingerprint"] != fingerprint:
+    try:
+        step = plan.step_of(state["position"])
+    except UserError as error:
         raise UserError(
-            f"{last}: was trained on other data (index {state['position']['fingerprint']}, now {fingerprint}); "
-            "restore the shards, or start a new run that begins from this checkpoint with model.start"
-        )
+            f"{last}: {error}; restore the shards, or start a new run that begins from this checkpoint with model.start"
+        ) from None
     weights_into(engine.bare, last)
     if teacher:
         teacher.load_state(load_file(last / "teacher.safetensors"))
-    _restore_moments(engine, load_file(last / "optimizer.safetensors"), state["step"])
+    _restore_moments(engine, load_file(last / "optimizer.safetensors"), step)
     rng = last / f"rng_{distributed.rank()}.safetensors"
     if rng.is_file():  # absent on ranks that the saving world did not have
         torch.set_rng_state(load_file(rng)["torch"])
-    return int(state["step"])
+    return step
 
 
 def _moments(engine: Engine) -> dict[str, Tensor]:

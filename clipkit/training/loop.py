@@ -14,6 +14,7 @@ from clipkit import distributed
 from clipkit.config import Config
 from clipkit.data.features import FeatureStore
 from clipkit.data.loader import Loader
+from clipkit.data.mixture import Mixture, open_data
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.errors import UserError
@@ -33,15 +34,14 @@ def train(config: Config, *, resume: bool = False) -> Path:
     folder = _open_run(config, resume)
     engine = Engine(config)
     _seed(config.seed)
-    index = Index.load(config.data.train, on_error=config.data.on_error)
-    plan = Plan(index, batch_size=config.batch_size, seed=config.seed, lanes=config.data.lanes)
+    index, plan = open_data(config)
     model = build(config.model)
     teacher = None if config.teacher.kind == "none" else Teacher(model, config.teacher, config.steps)
     features = cached_features(model, index, engine.device) if config.data.cache_image_features else None
     engine.prepare(model, build_optimizer(model, config.optim))
     if teacher:
         teacher.to(engine.device)
-    start = checkpoint.restore(folder, engine, teacher, index.fingerprint) if resume else 0
+    start = checkpoint.restore(folder, engine, teacher, plan) if resume else 0
     loader = _loader(config, index, plan, model, features)
     last = start
     with RunLog(folder, config, start) as log:
@@ -77,7 +77,7 @@ def _open_run(config: Config, resume: bool) -> Path:
     begun = bool(checkpoint.whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
     if begun and not resume:
         raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name= or out=")
-    if not config.data.train:
+    if not config.data.train and not config.data.sources:
         raise UserError("data.train: names no shards; set it to tar files or globs")
     if int(os.environ.get("RANK", "0")) == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,9 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _loader(config: Config, index: Index, plan: Plan, model: DualEncoder, features: FeatureStore | None) -> Loader:
+def _loader(
+    config: Config, index: Index, plan: Plan | Mixture, model: DualEncoder, features: FeatureStore | None
+) -> Loader:
     return Loader(
         index,
         plan,

@@ -17,7 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.training.conftest import degla_tree
+from clipkit import config as configuration
+from clipkit.data.build import write_shards
+from clipkit.data.mixture import open_data
+from tests.training.conftest import degla_tree, tiny_samples
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 
@@ -118,6 +121,28 @@ def test_resume_on_another_topology(alone: Path, tiny_tree: dict, tmp_path: Path
     last.rmdir()
     finish(launch(tree, tmp_path / "moved.yaml", resume=True))
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5) and samples(folder) == samples(alone)
+
+
+def test_sources_resumed_on_another_world_size(tiny_tree: dict, tmp_path: Path):
+    """Two sources, two ranks, killed in the middle of an epoch, finished alone: the samples the plan says."""
+    write_shards(tiny_samples(20), tmp_path, per_shard=7, name="more", progress=False)
+    sources = {
+        "tiny": {"train": tiny_tree["data"].pop("train"), "weight": 3},
+        "more": {"train": [str(tmp_path / "more-*.tar")], "weight": 1},
+    }
+    tree = tiny_tree | {"name": "mixed", "save_every": 48, "data": tiny_tree["data"] | {"sources": sources}}
+    process = launch(tree, tmp_path / "mixed.yaml", ranks=2)
+    folder = tmp_path / "runs" / "mixed"
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill(process)
+    assert len(losses(folder)) < 20, "it was killed too late to be resumed"
+    finish(launch(tree, tmp_path / "mixed.yaml", resume=True))
+    plan = open_data(configuration.load(tmp_path / "mixed.yaml"))[1]
+    found = [json.loads(line)["ids"] for line in samples(folder).splitlines()]
+    assert found == [plan.rows(step)[0].tolist() for step in range(20)]
+    assert all(sum(id < 20 for id in ids) == 4 for ids in found)
 
 
 @pytest.mark.slow

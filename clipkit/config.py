@@ -18,6 +18,7 @@ from clipkit.registry import TERMS
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -47,8 +48,19 @@ class DataConfig(Section):
     """Several sources instead of `train`, by name; every batch holds the same number of pairs of each."""
     negatives: Count = 0
     """Hard-negative captions a pair (K); sampled from the shard's `negatives`, uniformly over kinds."""
-    caption: Literal["sample", "first"] = "sample"
-    """Which of a picture's captions is used each time: one at random (seeded) or always the first."""
+    negative_kinds: list[str] = []
+    """Kinds of negatives to draw from; empty: all that the shards hold."""
+    negative_images: Count = 0
+    """Pictures of negatives a pair (J), of the first J negatives; those with a picture come first."""
+    caption: Literal["sample", "first", "all"] = "sample"
+    """Which of a picture's C captions is used: one at random (seeded), always the first, or all in turn, each once in C
+    epochs."""
+    caption_kinds: dict[str, Weight] = {}
+    """Kinds of captions to choose from, with their relative chance (`{short: 3, long: 1}`); empty: all, alike."""
+    positives: Count = 0
+    """Further captions of the same picture a pair (P), as positives; sampled uniformly over kinds."""
+    positive_kinds: list[str] = []
+    """Kinds of captions that may be positives; empty: all."""
     augment: Literal["none", "crop"] = "crop"
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9
@@ -403,11 +415,30 @@ def _cross_check(config: Config) -> list[str]:
         problems.append("data.cache_image_features needs model.lock_image: true (features of a learning tower change)")
     if config.data.cache_image_features and config.data.augment != "none":
         problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
-    problems += _check_sources(config.data)
+    problems += _check_captions(config.data) + _check_sources(config.data)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems
+
+
+def _check_captions(data: DataConfig) -> list[str]:
+    problems = []
+    if data.negative_images > data.negatives:
+        problems.append(
+            f"data.negative_images: {data.negative_images} pictures of {data.negatives} negatives; raise data.negatives"
+        )
+    if data.negative_images and data.cache_image_features:
+        problems.append("data.negative_images: cannot be read beside data.cache_image_features")
+    if data.caption_kinds and not any(data.caption_kinds.values()):
+        problems.append("data.caption_kinds: no kind has a chance above 0")
+    if data.caption_kinds and data.caption == "all":
+        problems += [
+            f"data.caption_kinds.{name}: with data.caption: all every kind has its turn; should be 1, got {chance}"
+            for name, chance in data.caption_kinds.items()
+            if chance not in (0, 1)
+        ]
     return problems
 
 

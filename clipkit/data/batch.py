@@ -1,11 +1,12 @@
-"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, t tokens, c h w pixels."""
+"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, t tokens,
+c h w pixels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -17,6 +18,7 @@ class Batch:
     outputs were cached, `image_features` (n f) stand in for `image`. Text is int64 token ids, cut to the longest of
     the batch. `id` is the dense number of the sample in the index, `group` the number of the picture: pairs with
     equal group are never each other's negatives. `valid` marks the negatives that exist (the others are padding).
+    `positive_text` are further captions of the same picture. Negative picture j shows what negative caption j says.
     """
 
     text: Int64[Tensor, "n t"]
@@ -26,6 +28,16 @@ class Batch:
     image_features: Tensor | None = None
     negative_text: Int64[Tensor, "n k t"] | None = None
     valid: Bool[Tensor, "n k"] | None = None
+    negative_kind: Int64[Tensor, "n k"] | None = None
+    """`kind_number` of each negative; -1 where there is none."""
+    negative_image: UInt8[Tensor, "n j c h w"] | None = None
+    negative_image_valid: Bool[Tensor, "n j"] | None = None
+    positive_text: Int64[Tensor, "n p t"] | None = None
+    positive_valid: Bool[Tensor, "n p"] | None = None
+    relevance: Float[Tensor, " n"] | None = None
+    """How well the caption fits its picture; 1 where the shard says nothing."""
+    kinds: dict[int, str] = field(default_factory=dict)
+    """Names of the numbers in `negative_kind`."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """(shard/key, reason) of every sample that could not be read and was replaced (`data.on_error: skip`)."""
 

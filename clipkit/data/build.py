@@ -1,8 +1,8 @@
 """Samples into tar shards: what `clipkit shards build` writes and every reader of clipkit (or webdataset) understands.
 
 Members of a pair: KEY.jpg or KEY.png, KEY.txt (the first caption) and KEY.json with `captions` (all of them) and,
-where there are any, `negatives` (one list per caption of {"text", "kind", ...}), `group` (the name of the picture;
-the key when missing), `scene` and whatever else the source knows.
+where there are any, the other fields of members.py, and whatever else the source knows; KEY.negative0.jpg, ..., the
+pictures of negatives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Sample:
     """One picture with its captions, as a source yields it and a shard stores it.
 
     `image` are the encoded bytes, `suffix` their format (one of members.PICTURES), `extra` everything else that
-    KEY.json shall hold ("negatives", "group", "scene", ...; JSON-able).
+    KEY.json shall hold ("negatives", "group", "scene", ...; JSON-able), `negative_images` encoded pictures by suffix
+    ("negative0.jpg").
     """
 
     key: str
@@ -36,6 +37,7 @@ class Sample:
     suffix: str
     captions: list[str]
     extra: dict[str, Any] = field(default_factory=dict)
+    negative_images: dict[str, bytes] = field(default_factory=dict)
 
 
 def build_shards(
@@ -123,6 +125,7 @@ def _members(sample: Sample) -> dict[str, Any]:
     return {
         "__key__": safe_key(sample.key),
         sample.suffix: sample.image,
+        **sample.negative_images,
         "txt": sample.captions[0].encode(),
         "json": json.dumps(sheet, ensure_ascii=False, sort_keys=True).encode(),
     }

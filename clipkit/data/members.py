@@ -1,7 +1,14 @@
 """What the members of a pair mean: KEY.jpg (or png, webp), KEY.txt and KEY.json, as bytes out of a shard.
 
-KEY.json: `captions` (all of them; without it `caption`, without that KEY.txt), `negatives` (one list per caption of
-{"text", "kind", ...}), `group` (name of the picture, where several pairs show the same one), and free others.
+KEY.json holds, all optional:
+
+    captions        all of them (without it `caption`, without that KEY.txt)
+    caption_kinds   one per caption: what it is, e.g. "short", "long", "de"
+    relevance       a number ≥ 0, or one per caption: how well it fits (default 1)
+    negatives       one list per caption of {"text", "kind", "source", "picture"}; only "text" must be there;
+                    "picture": j says that KEY.negativeJ.jpg (or png, webp) shows what this negative says
+    group           name of the picture, where several pairs show the same one
+    anything else   is kept
 """
 
 from __future__ import annotations
@@ -26,9 +33,14 @@ class Sheet:
     """All that is written about a picture. `negatives[c]` belongs to `captions[c]`; empty captions keep their place."""
 
     captions: list[str]
+    caption_kinds: list[str]
+    """One per caption; empty where none is named."""
+    relevance: list[float]
+    """One per caption."""
     negatives: list[list[dict[str, Any]]] = field(default_factory=list)
     group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    """All other fields, and `caption_kinds` and `relevance` as they stand there."""
 
     def usable(self) -> list[int]:
         """Positions of the captions that say something."""
@@ -47,6 +59,21 @@ def picture_bytes(members: Mapping[str, bytes]) -> tuple[str, bytes]:
     raise Unreadable("missing picture")
 
 
+def negative_pictures(members: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The members that are pictures of negatives, by suffix ("negative0.jpg")."""
+    return {suffix: data for suffix, data in members.items() if suffix.startswith("negative")}
+
+
+def negative_picture(members: Mapping[str, bytes], number: int) -> bytes:
+    """The picture of a negative. Raises Unreadable when there is none of this number."""
+    for suffix in PICTURES:
+        if (name := f"negative{number}.{suffix}") in members:
+            return members[name]
+    raise Unreadable(
+        f"missing negative picture: a negative names picture {number}, there is no KEY.negative{number}.jpg"
+    )
+
+
 def read_sheet(members: Mapping[str, bytes]) -> Sheet:
     """Captions, negatives and the rest from KEY.json and KEY.txt. Raises Unreadable when no caption says anything."""
     record = _parse(members["json"]) if "json" in members else {}
@@ -56,11 +83,18 @@ def read_sheet(members: Mapping[str, bytes]) -> Sheet:
         captions = [single] if single is not None else [_text(members["txt"], "txt")] if "txt" in members else []
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise Unreadable(f"broken json: captions should be a list of texts, found {captions!r:.80}")
-    sheet = Sheet([c.strip() for c in captions], record.pop("negatives", None) or [], record.pop("group", None), record)
+    sheet = Sheet(
+        [c.strip() for c in captions],
+        _per_caption(record.get("caption_kinds"), len(captions), "caption_kinds", "", str),
+        _per_caption(record.get("relevance"), len(captions), "relevance", 1.0, float),
+        record.pop("negatives", None) or [],
+        record.pop("group", None),
+        record,
+    )
     if not sheet.usable():
         raise Unreadable("empty caption")
     if not _well_formed(sheet.negatives):
-        raise Unreadable('broken json: negatives should be one list per caption of {"text": ...}')
+        raise Unreadable('broken json: negatives should be one list per caption of {"text": ..., "picture": number}')
     if sheet.group is not None:
         sheet.group = str(sheet.group)
     return sheet
@@ -83,8 +117,26 @@ def _text(data: bytes, suffix: str) -> str:
         raise Unreadable(f"broken {suffix}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
+def _per_caption(value: Any, captions: int, name: str, default: Any, kind: type) -> list[Any]:
+    """A field with one value per caption, or one for all. Raises Unreadable."""
+    values = value if isinstance(value, list) else [default if value is None else value] * captions
+    allowed = (int, float) if kind is float else kind
+    if len(values) != captions or not all(isinstance(v, allowed) and not isinstance(v, bool) for v in values):
+        wanted = "numbers ≥ 0" if kind is float else "texts"
+        raise Unreadable(f"broken json: {name} should be {captions} {wanted}, one per caption, found {value!r:.80}")
+    if kind is float and not all(0 <= v < float("inf") for v in values):
+        raise Unreadable(f"broken json: {name} should be numbers ≥ 0, found {value!r:.80}")
+    return [kind(v) for v in values]
+
+
 def _well_formed(negatives: Any) -> bool:
     return isinstance(negatives, list) and all(
-        isinstance(group, list) and all(isinstance(n, dict) and isinstance(n.get("text"), str) for n in group)
-        for group in negatives
+        isinstance(group, list) and all(_is_negative(n) for n in group) for group in negatives
     )
+
+
+def _is_negative(negative: Any) -> bool:
+    if not isinstance(negative, dict) or not isinstance(negative.get("text"), str):
+        return False
+    picture = negative.get("picture", 0)
+    return isinstance(picture, int) and not isinstance(picture, bool) and picture >= 0

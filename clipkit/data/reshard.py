@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipkit.data.build import Sample, tracked, write_shard
-from clipkit.data.members import Unreadable, picture_bytes, read_sheet
+from clipkit.data.members import Unreadable, negative_pictures, picture_bytes, read_sheet
 from clipkit.data.shards import Index, write_atomic
 from clipkit.errors import UserError
 
@@ -112,6 +112,7 @@ def _samples(index: Index, recipe: Recipe, on_error: str, ids: range, report: Re
             sheet = read_sheet(members)
             suffix, data = picture_bytes(members)
             smaller = _reduced(data, recipe)
+            negatives = dict(_negative(*member, recipe) for member in negative_pictures(members).items())
         except Unreadable as reason:
             if on_error == "raise":
                 raise UserError(f"{index.where(id)}: {reason}; mend the shard, or skip what is unreadable") from None
@@ -124,7 +125,12 @@ def _samples(index: Index, recipe: Recipe, on_error: str, ids: range, report: Re
         extra = {name: value for name, value in extra.items() if value}
         report.samples += 1
         report.smaller += smaller is not None
-        yield Sample(key, smaller or data, "jpg" if smaller else suffix, sheet.captions, extra)
+        yield Sample(key, smaller or data, "jpg" if smaller else suffix, sheet.captions, extra, negatives)
+
+
+def _negative(suffix: str, data: bytes, recipe: Recipe) -> tuple[str, bytes]:
+    smaller = _reduced(data, recipe)
+    return (suffix, data) if smaller is None else (f"{suffix.partition('.')[0]}.jpg", smaller)
 
 
 def _reduced(data: bytes, recipe: Recipe) -> bytes | None:

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ FORMAT = 2
 """Raised whenever the cached form of an index changes."""
 OPEN_SHARDS = 256
 BLOCK = 512
+NEGATIVE = re.compile(r"negative\d+")
+"""The picture of a hard negative: KEY.negative0.jpg."""
 
 
 class Member(NamedTuple):
@@ -305,6 +308,7 @@ def _group(members: list[Member], problem: str | None) -> tuple[Summary, Table]:
             problems.append([key, "duplicate key"])
         else:
             pair[suffix.lower()] = (offset, size)
+    _adopt_negative_pictures(pairs)
     keys = []
     for key, pair in pairs.items():
         picture, sheet = not pair.keys().isdisjoint(PICTURES), not pair.keys().isdisjoint(SHEETS)
@@ -319,6 +323,14 @@ def _group(members: list[Member], problem: str | None) -> tuple[Summary, Table]:
     table = Table(keys, suffixes, np.array(spans, dtype=np.int64).reshape(len(keys), len(suffixes), 2))
     mark = hashlib.blake2b(json.dumps([keys, suffixes]).encode() + table.spans.tobytes(), digest_size=16).hexdigest()
     return Summary(len(keys), mark, problems, [member.name for member in members[:6]]), table
+
+
+def _adopt_negative_pictures(pairs: dict[str, dict[str, tuple[int, int]]]) -> None:
+    """KEY.negative0.jpg belongs to KEY, unless a pair is really called KEY.negative0."""
+    for key in [key for key in pairs if ".negative" in key]:
+        owner, _, name = key.rpartition(".")
+        if NEGATIVE.fullmatch(name) and owner in pairs and pairs[key].keys() <= set(PICTURES):
+            pairs[owner].update({f"{name}.{suffix}": span for suffix, span in pairs.pop(key).items()})
 
 
 def _refuse(path: Path, summary: Summary, on_error: str) -> None:

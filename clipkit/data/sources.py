@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipkit.data.build import Sample, encode_jpeg
-from clipkit.data.members import Unreadable, picture_bytes, read_sheet
+from clipkit.data.members import Unreadable, negative_pictures, picture_bytes, read_sheet
 from clipkit.errors import UserError, did_you_mean
 from clipkit.registry import SOURCES, source
 
@@ -131,7 +131,9 @@ def tar(path: Path, *, on_error: Literal["raise", "skip"] = "raise") -> Iterator
             extra["negatives"] = sheet.negatives
         if sheet.group is not None:
             extra["group"] = sheet.group
-        yield _sample(index.key(id), image, sheet.captions, extra, index.where(id))
+        sample = _sample(index.key(id), image, sheet.captions, extra, index.where(id))
+        sample.negative_images = negative_pictures(members)
+        yield sample
 
 
 def _pictures_beside_texts(root: Path) -> Iterator[Sample]:

@@ -90,28 +90,50 @@ class DualEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower."""
-        features = batch.image_features if batch.image_features is not None else self.image_features(batch.image)
-        text, negative_text = self._encode_captions(batch)
+        image, negative_image = self._encode_pictures(batch)
+        texts = self._encode_texts(batch)
         return Embeddings(
-            image=self._project(features, batch.id),
-            text=text,
-            negative_text=negative_text,
+            image=image,
+            text=texts["text"],
+            positive_text=texts.get("positive_text"),
+            negative_text=texts.get("negative_text"),
+            negative_image=negative_image,
             valid=batch.valid,
+            positive_valid=batch.positive_valid,
+            negative_image_valid=batch.negative_image_valid,
+            negative_kind=batch.negative_kind,
+            relevance=batch.relevance,
             id=batch.id,
             group=batch.group,
             scale=self.scale,
             bias=self.bias,
         )
 
-    def _encode_captions(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        if batch.negative_text is None:
-            return self.encode_text(batch.text), None
-        n, k, _ = batch.negative_text.shape
-        longest = max(batch.text.shape[-1], batch.negative_text.shape[-1])
-        tables = [batch.text, batch.negative_text.flatten(0, 1)]
-        padded = torch.cat([F.pad(table, (0, longest - table.shape[-1])) for table in tables])
-        text, negative_text = self.encode_text(padded).split([n, n * k])
-        return text, negative_text.unflatten(0, (n, k))
+    def _encode_pictures(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The pictures [n d] and, where there are any, their negatives [n j d], in one call of the tower."""
+        if batch.negative_image is None:
+            stored = batch.image_features
+            return self._project(self.image_features(batch.image) if stored is None else stored, batch.id), None
+        n, j = batch.negative_image.shape[:2]
+        negatives = batch.negative_image.flatten(0, 1)
+        if batch.image_features is not None:
+            features = torch.cat([batch.image_features, self.image_features(negatives)])
+        else:
+            assert batch.image is not None, "the batch holds neither pictures nor features"
+            features = self.image_features(torch.cat([batch.image, negatives]))
+        # The head's dropout is keyed by these: a number of its own for every negative.
+        ids = -2 - (batch.id[:, None] * j + torch.arange(j, device=batch.id.device)).flatten()
+        image, negative_image = self._project(features, torch.cat([batch.id, ids])).split([n, n * j])
+        return image, negative_image.unflatten(0, (n, j))
+
+    def _encode_texts(self, batch: Batch) -> dict[str, Tensor]:
+        """The embeddings [... d] of every role of text that the batch holds, in one call of the tower."""
+        roles = ("text", "positive_text", "negative_text")
+        tables: dict[str, Tensor] = {role: table for role in roles if (table := getattr(batch, role)) is not None}
+        longest = max(table.shape[-1] for table in tables.values())
+        padded = [F.pad(table, (0, longest - table.shape[-1])).flatten(0, -2) for table in tables.values()]
+        encoded = self.encode_text(torch.cat(padded)).split([len(rows) for rows in padded])
+        return {role: rows.unflatten(0, tables[role].shape[:-1]) for role, rows in zip(tables, encoded)}
 
     def with_image_features(self, batch: Batch) -> Batch:
         """The batch with the locked trunk's outputs in place: student and teacher then share one pass through it."""

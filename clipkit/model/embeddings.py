@@ -1,4 +1,7 @@
-"""`Embeddings`: what the towers hand to the objective. Axes: n pairs, k negative captions, j negative pictures, d."""
+"""`Embeddings`: what the towers hand to the objective.
+
+Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), d.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,36 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import UserError
 
-_ROLES = {"image": "n d", "text": "n d", "negative_text": "n k d", "negative_image": "n j d"}
-_BESIDE = {"valid": "n k", "id": "n", "group": "n"}
+_ROLES = {
+    "image": "n d",
+    "text": "n d",
+    "positive_text": "n p d",
+    "negative_text": "n k d",
+    "negative_image": "n j d",
+}
+_BESIDE = {
+    "valid": "n k",
+    "positive_valid": "n p",
+    "negative_image_valid": "n j",
+    "negative_kind": "n k",
+    "relevance": "n",
+    "id": "n",
+    "group": "n",
+}
+_MARKS = {"negative_text": "valid", "positive_text": "positive_valid", "negative_image": "negative_image_valid"}
+"""Which of a ragged role's places are filled; all of them where it is not said."""
 
 
 @dataclass
 class Embeddings:
     """Unit-length embeddings by role; a negative belongs to the pair of its row (axis n), whatever surrounds it.
 
-    `valid` marks the negative captions that exist (default: all). `id` is the dense number of the sample and `group`
-    that of its picture: pairs with equal group are never each other's negatives. Left out, `group` is `id` and `id`
-    counts the rows, going on from rank to rank. `scale` is the multiplicative factor 1/temperature, not its logarithm.
+    `valid` marks the negative captions that exist (default: all), `positive_valid` and `negative_image_valid` the
+    further captions of the picture and the negative pictures; picture j shows what negative caption j says.
+    `negative_kind` numbers the kinds of negatives, `relevance` (≥ 0) says how well a caption fits. `id` is the dense
+    number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
+    out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
+    1/temperature, not its logarithm.
     `teacher` holds the same roles of the same pairs; terms never send a gradient into it.
 
     Raises UserError when the shapes do not belong together.
@@ -31,7 +53,12 @@ class Embeddings:
     text: Float[Tensor, "n d"]
     negative_text: Float[Tensor, "n k d"] | None = None
     negative_image: Float[Tensor, "n j d"] | None = None
+    positive_text: Float[Tensor, "n p d"] | None = None
     valid: Bool[Tensor, "n k"] | None = None
+    positive_valid: Bool[Tensor, "n p"] | None = None
+    negative_image_valid: Bool[Tensor, "n j"] | None = None
+    negative_kind: Int64[Tensor, "n k"] | None = None
+    relevance: Float[Tensor, " n"] | None = None
     id: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
     group: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
     scale: Tensor | float = 1.0
@@ -45,8 +72,10 @@ class Embeddings:
             self.id = torch.arange(n, device=device) + distributed.rank() * n
         if self.group is None:
             self.group = self.id
-        if self.negative_text is not None and self.valid is None:
-            self.valid = torch.ones(self.negative_text.shape[:2], dtype=torch.bool, device=device)
+        for role, mark in _MARKS.items():
+            table = getattr(self, role)
+            if table is not None and getattr(self, mark) is None:
+                setattr(self, mark, torch.ones(table.shape[:2], dtype=torch.bool, device=device))
 
     def __len__(self) -> int:
         return len(self.image)

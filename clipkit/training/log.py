@@ -17,6 +17,8 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import Config
 from clipkit.data.batch import Batch
+from clipkit.model.embeddings import Embeddings
+from clipkit.objective.measures import means, measures
 from clipkit.training.optim import learning_rate
 
 
@@ -52,10 +54,10 @@ class RunLog:
         loss: Tensor,
         terms: dict[str, Tensor],
         norm: Tensor,
-        scale: Tensor,
+        z: Embeddings,
         batch: Batch,
     ) -> None:
-        """Count a finished step; every `log_every` steps and at the end write a line."""
+        """Count a finished step; every `log_every` steps and at the end write a line. `z`: this rank's embeddings."""
         self._skipped.update(reason for _, reason in batch.skipped)
         if self._config.log_samples:
             shares = distributed.gather_objects(batch.id.tolist())
@@ -64,7 +66,7 @@ class RunLog:
         if self._writer:
             self._writer.tick(step)
         if step % self._config.log_every == 0 or step == self._config.steps:
-            self._line(step, loss, terms, norm, scale)
+            self._line(step, loss, terms, norm, z, batch.kinds)
         self._mark = time.perf_counter()
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -75,13 +77,16 @@ class RunLog:
         self._line_mark += pause
         self._mark += pause
 
-    def _line(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, scale: Tensor) -> None:
+    def _line(
+        self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, z: Embeddings, kinds: dict[int, str]
+    ) -> None:
         value = float(loss)
         if not math.isfinite(value):
             bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
             raise FloatingPointError(f"step {step}: the loss is {value}; terms not finite: {', '.join(bad)}")
         skipped: Counter[str] = Counter()
-        for counts in distributed.gather_objects(self._skipped):
+        ranks = distributed.gather_objects((self._skipped, measures(z, kinds)))
+        for counts, _ in ranks:
             skipped.update(counts)
         now = time.perf_counter()
         elapsed = max(now - self._line_mark, 1e-9)
@@ -90,7 +95,8 @@ class RunLog:
             **{f"term/{name}": float(term) for name, term in terms.items()},
             "lr": learning_rate(step - 1, self._config),
             "grad_norm": float(norm),
-            "scale": float(scale),
+            "scale": float(z.scale),
+            **means([found for _, found in ranks]),
             "data_wait": self._waited / elapsed,
             "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,
             **{f"skipped/{reason}": count for reason, count in skipped.items()},

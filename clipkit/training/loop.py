@@ -60,7 +60,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             if teacher:
                 teacher.update(engine.bare)
             last = step + 1
-            log.step(last, loss.detach(), terms, norm, z.scale.detach(), batch)
+            log.step(last, loss.detach(), terms, norm, z, batch)
             if _due(last, config.save_every, config):
                 checkpoint.save(folder, last, engine, teacher, config, plan.position(last))
             if _due(last, config.evaluate_every, config):

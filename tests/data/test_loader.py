@@ -21,8 +21,9 @@ from clipkit.data.batch import Batch
 from clipkit.data.build import encode_jpeg, write_shard
 from clipkit.data.decode import Preprocess, decode, fit, read_picture, to_pixels
 from clipkit.data.features import FeatureStore
-from clipkit.data.loader import NAMED_GROUP, Loader, check_first, draw_negatives
+from clipkit.data.loader import Loader, check_first
 from clipkit.data.plan import Plan
+from clipkit.data.reader import NAMED_GROUP, draw
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
@@ -156,17 +157,21 @@ def test_missing_negatives_are_padding(load: Callable[..., Loader]) -> None:
         assert (batch.valid.long().diff(dim=1) <= 0).all()
 
 
+def texts(pool: list[dict], k: int, key: int) -> list[str]:
+    return [drawn["text"] for drawn in draw(pool, k, key)]
+
+
 def test_negatives_are_uniform_over_kinds_and_never_twice() -> None:
     pool = [{"text": f"{kind}{i}", "kind": kind} for kind, n in (("a", 50), ("b", 2), ("c", 1)) for i in range(n)]
     firsts: Counter[str] = Counter()
     for key in range(3000):
-        drawn = draw_negatives(pool, 4, key)
+        drawn = texts(pool, 4, key)
         kinds = Counter(text[0] for text in drawn)
         assert len(set(drawn)) == 4 and kinds["a"] in (1, 2) and kinds["b"] in (1, 2) and kinds["c"] == 1
-        firsts[draw_negatives(pool, 1, key)[0][0]] += 1
+        firsts[texts(pool, 1, key)[0][0]] += 1
     assert all(900 < count < 1100 for count in firsts.values()) and len(firsts) == 3
-    assert sorted(draw_negatives(pool, 100, 0)) == sorted(n["text"] for n in pool)
-    assert draw_negatives([{"text": " "}], 3, 0) == [] and draw_negatives(pool, 0, 0) == []
+    assert sorted(texts(pool, 100, 0)) == sorted(n["text"] for n in pool)
+    assert texts([{"text": " "}], 3, 0) == [] and texts(pool, 0, 0) == []
 
 
 def test_named_groups_are_equal_across_shards(load: Callable[..., Loader], tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Sample id and epoch → the row of the batch it becomes: captions, negatives, pictures.
+
+What is drawn is keyed by (seed, epoch, id) alone: the same for any number of workers and ranks. Axes: f features,
+s pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipkit.config import DataConfig
+from clipkit.data.augment import random_crop
+from clipkit.data.decode import Preprocess, fit, read_pixels
+from clipkit.data.features import FeatureStore
+from clipkit.data.members import SHEETS, Sheet, Unreadable, negative_picture, picture_bytes, read_sheet
+from clipkit.data.seeds import bits, shuffled, uniform
+from clipkit.data.shards import Index
+from clipkit.errors import UserError
+
+PATIENCE = 1000
+"""So many unreadable samples in a row are no accident: the data is wrong."""
+NAMED_GROUP = 1 << 62
+"""Numbers of named groups start here; a pair without a group is its own, numbered by its id."""
+
+
+@dataclass
+class Row:
+    """One pair of the batch, before it is stacked."""
+
+    id: int
+    group: int
+    caption: str
+    picture: Tensor
+    """Pixels [3 s s], or stored features [f]."""
+    relevance: float = 1.0
+    positives: list[str] = field(default_factory=list)
+    negatives: list[dict[str, Any]] = field(default_factory=list)
+    negative_pictures: list[Tensor | None] = field(default_factory=list)
+    """Of the first negatives, in their order; None where a negative has no picture."""
+
+
+@dataclass
+class Reader:
+    """Reads and draws; holds no state of its own, so that workers may each have a copy."""
+
+    index: Index
+    ranges: list[range]
+    """Ids of each source; an unreadable pair is replaced by one of its own."""
+    data: DataConfig
+    preprocess: Preprocess
+    seed: int
+    features: FeatureStore | np.ndarray | None
+
+    def usable(self, id: int, epoch: int, skipped: list[tuple[str, str]]) -> Row:
+        """The row of `id`, or of the next readable id of its source (cyclic), noting each that is not."""
+        home = next(span for span in self.ranges if id in span)
+        for turn in range(min(PATIENCE, len(home))):
+            candidate = home[(id - home.start + turn) % len(home)]
+            try:
+                return self.row(candidate, epoch)
+            except Unreadable as reason:
+                if self.data.on_error == "raise":
+                    shard = self.index.shards[self.index.locate(candidate)[0]]
+                    raise UserError(
+                        f"{shard}: {self.index.key(candidate)}: {reason}; "
+                        "mend the shard (clipkit shards check), or set data.on_error: skip"
+                    ) from None
+                skipped.append((self.index.where(candidate), str(reason)))
+        raise UserError(f"{self.index.where(id)}: unreadable, and so are all that follow it: {skipped[-1][1]}")
+
+    def row(self, id: int, epoch: int) -> Row:
+        """Raises Unreadable."""
+        members = self.index.read(id, SHEETS if self.features is not None else None)
+        sheet = read_sheet(members)
+        chosen = self._caption(sheet, id, epoch)
+        negatives = self._negatives(sheet.negatives_of(chosen), id, epoch)
+        return Row(
+            id,
+            group_number(sheet, id),
+            sheet.captions[chosen],
+            self._picture(members, id, epoch),
+            sheet.relevance[chosen],
+            self._positives(sheet, chosen, id, epoch),
+            negatives,
+            [self._negative_picture(members, n, id, epoch) for n in negatives[: self.data.negative_images]],
+        )
+
+    def _caption(self, sheet: Sheet, id: int, epoch: int) -> int:
+        kinds = self.data.caption_kinds
+        usable = [c for c in sheet.usable() if not kinds or kinds.get(sheet.caption_kinds[c])]
+        if not usable:
+            found = sorted({sheet.caption_kinds[c] or "without a kind" for c in sheet.usable()})
+            raise Unreadable(f"no caption of the wanted kinds: wanted {', '.join(kinds)}, found {', '.join(found)}")
+        if self.data.caption == "first" or len(usable) == 1:
+            return usable[0]
+        if self.data.caption == "all":
+            turn, which = divmod(epoch, len(usable))
+            return usable[shuffled(len(usable), self.seed, "captions", turn, id)[which]]
+        if kinds:
+            weights = np.cumsum([kinds[sheet.caption_kinds[c]] for c in usable])
+            draw = uniform(1, self.seed, "caption", epoch, id)[0] * weights[-1]
+            return usable[int(np.searchsorted(weights, draw, side="right"))]
+        return usable[int(bits(1, self.seed, "caption", epoch, id)[0] % len(usable))]
+
+    def _positives(self, sheet: Sheet, chosen: int, id: int, epoch: int) -> list[str]:
+        wanted = self.data.positive_kinds
+        others = [
+            {"text": sheet.captions[c], "kind": sheet.caption_kinds[c]}
+            for c in sheet.usable()
+            if c != chosen and (not wanted or sheet.caption_kinds[c] in wanted)
+        ]
+        return [other["text"] for other in draw(others, self.data.positives, self.seed, "positives", epoch, id)]
+
+    def _negatives(self, negatives: list[dict[str, Any]], id: int, epoch: int) -> list[dict[str, Any]]:
+        wanted = self.data.negative_kinds
+        if wanted:
+            negatives = [n for n in negatives if str(n.get("kind", "")) in wanted]
+        drawn = draw(negatives, self.data.negatives, self.seed, "negatives", epoch, id)
+        # Those with a picture come first, so that picture j belongs to negative caption j.
+        return sorted(drawn, key=lambda n: "picture" not in n) if self.data.negative_images else drawn
+
+    def _picture(self, members: dict[str, bytes], id: int, epoch: int) -> Tensor:
+        if self.features is not None:
+            row = torch.from_numpy(np.array(self.features[id]))
+            if row.isnan().any():
+                raise Unreadable("unreadable picture: it was when its features were stored")
+            return row
+        return self._pixels(picture_bytes(members)[1], "crop", epoch, id)
+
+    def _negative_picture(
+        self, members: dict[str, bytes], negative: dict[str, Any], id: int, epoch: int
+    ) -> Tensor | None:
+        if "picture" not in negative:
+            return None
+        number = negative["picture"]
+        return self._pixels(negative_picture(members, number), "negative crop", epoch, id, number)
+
+    def _pixels(self, data: bytes, *key: int | str) -> Tensor:
+        pixels = read_pixels(data)
+        if self.data.augment == "none":
+            return fit(pixels, self.preprocess)
+        return random_crop(pixels, self.preprocess, self.data.crop_scale, self.seed, *key)
+
+
+def draw(texts: Sequence[dict[str, Any]], k: int, *key: int | str) -> list[dict[str, Any]]:
+    """At most `k` of {"text", "kind", ...}, uniform over the kinds present, none twice; numbers are named by `key`.
+
+    Kinds take turns in a random order, each giving its texts in a random order, until `k` are drawn or none is left.
+    """
+    if not k:
+        return []
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for position in shuffled(len(texts), *key, "texts"):
+        if texts[position]["text"].strip():
+            kinds.setdefault(str(texts[position].get("kind", "")), []).append(texts[position])
+    names = sorted(kinds)
+    queues = [kinds[names[turn]] for turn in shuffled(len(names), *key, "kinds")]
+    rounds = max(map(len, queues), default=0)
+    return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)][:k]
+
+
+def group_number(sheet: Sheet, id: int) -> int:
+    """The picture's number (int64): of its `group` where it has one, the pair's own id otherwise."""
+    if sheet.group is None:
+        return id
+    return NAMED_GROUP | int(bits(1, "group", sheet.group)[0]) >> 2
+
+
+@lru_cache
+def kind_number(kind: str) -> int:
+    """The number (int64) of a kind of negative: the same on every rank and in every run."""
+    return int(bits(1, "kind", kind)[0]) >> 2

@@ -1,0 +1,90 @@
+"""Rows into a batch: texts tokenised in one call, ragged lists padded and marked. Axes: n pairs, w places a pair,
+t tokens, s pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from clipkit.config import DataConfig
+from clipkit.data.batch import Batch
+from clipkit.data.reader import Row, kind_number
+from clipkit.data.tokenize import Tokenizer
+
+Ragged = list[list[Any]]
+"""For each pair, what it has of something."""
+
+
+def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list[tuple[str, str]]) -> Batch:
+    """The batch of `rows`, with as many places a pair as `data` asks for."""
+    positives = [row.positives for row in rows]
+    negatives = [[negative["text"] for negative in row.negatives] for row in rows]
+    kinds = [[str(negative.get("kind", "")) for negative in row.negatives] for row in rows]
+    text, positive_text, negative_text = _tokens(rows, positives, negatives, data, tokenizer)
+    features = rows[0].picture.ndim == 1
+    pictures = torch.stack([row.picture for row in rows])
+    negative_pictures, pictured = _negative_pictures(rows, data.negative_images)
+    return Batch(
+        text=text,
+        id=torch.tensor([row.id for row in rows]),
+        group=torch.tensor([row.group for row in rows]),
+        image=None if features else pictures,
+        image_features=pictures if features else None,
+        negative_text=negative_text,
+        valid=_exist(negatives, data.negatives),
+        negative_kind=_numbers(kinds, data.negatives),
+        negative_image=negative_pictures,
+        negative_image_valid=pictured,
+        positive_text=positive_text,
+        positive_valid=_exist(positives, data.positives),
+        relevance=torch.tensor([row.relevance for row in rows]),
+        skipped=skipped,
+        kinds={kind_number(kind): kind for row in kinds for kind in row},
+    )
+
+
+def _tokens(
+    rows: list[Row], positives: Ragged, negatives: Ragged, data: DataConfig, tokenizer: Tokenizer
+) -> tuple[Int64[Tensor, "n t"], Int64[Tensor, "n w t"] | None, Int64[Tensor, "n w t"] | None]:
+    """Captions, positives, negatives; a place without a text holds zeros."""
+    n, widths = len(rows), (data.positives, data.negatives)
+    texts = [row.caption for row in rows]
+    for ragged, width in zip((positives, negatives), widths):
+        texts += [text for row in ragged for text in row + [""] * (width - len(row))]
+    text, *tables = tokenizer(texts).split([n, *(n * width for width in widths)])
+    for ragged, table in zip((positives, negatives), tables):
+        empty = _exist(ragged, len(table) // n)
+        if empty is not None:
+            table[~empty.flatten()] = 0
+    positive, negative = (table.unflatten(0, (n, width)) if width else None for table, width in zip(tables, widths))
+    return text, positive, negative
+
+
+def _exist(ragged: Ragged, width: int) -> Bool[Tensor, "n w"] | None:
+    if not width:
+        return None
+    return torch.tensor([[place < len(row) for place in range(width)] for row in ragged])
+
+
+def _numbers(kinds: Ragged, width: int) -> Int64[Tensor, "n w"] | None:
+    if not width:
+        return None
+    return torch.tensor([[kind_number(kind) for kind in row] + [-1] * (width - len(row)) for row in kinds])
+
+
+def _negative_pictures(
+    rows: list[Row], width: int
+) -> tuple[UInt8[Tensor, "n w 3 s s"] | None, Bool[Tensor, "n w"] | None]:
+    """Pictures of the first `width` negatives, black where there is none, and which there are."""
+    if not width:
+        return None, None
+    pictures = torch.zeros(len(rows), width, *rows[0].picture.shape, dtype=torch.uint8)
+    exist = torch.zeros(len(rows), width, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        for place, picture in enumerate(row.negative_pictures):
+            if picture is not None:
+                pictures[n, place], exist[n, place] = picture, True
+    return pictures, exist

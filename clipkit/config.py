@@ -163,6 +163,9 @@ class EngineConfig(Section):
     """`ddp` also covers a single process."""
     zero_stage: Literal[1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: Positive = 1
+    """Parts that a rank's share of the batch is encoded in, one after the other: memory of one part, gradient of the
+    whole, one more forward (cached accumulation)."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
 

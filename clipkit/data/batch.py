@@ -44,6 +44,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.id)
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in `parts` equal pieces, in order; what was skipped goes with the first."""
+        size = len(self) // parts
+        assert size * parts == len(self), f"{len(self)} pairs in {parts} parts"
+        tables = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return [
+            replace(
+                self,
+                **{name: table[first : first + size] for name, table in tables.items()},
+                skipped=self.skipped if not first else [],
+            )
+            for first in range(0, len(self), size)
+        ]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
         moved = {

@@ -95,6 +95,16 @@ class Embeddings:
         tables = {name: getattr(self.teacher, name) for name in _ROLES}
         return replace(self.teacher, **{name: x.detach() for name, x in tables.items() if x is not None})
 
+    @staticmethod
+    def join(parts: list[Embeddings]) -> Embeddings:
+        """The rows of several, one after the other; scale and bias are those of the first."""
+        names = [name for name in (*_ROLES, *_BESIDE) if getattr(parts[0], name) is not None]
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What a gradient can arrive at, by name: the roles' tables, and scale and bias where they are tensors."""
+        return {name: x for name in (*_ROLES, "scale", "bias") if isinstance(x := getattr(self, name), Tensor)}
+
     def world(self) -> Embeddings:
         """The same tables over all ranks, in rank order, each role gathered once: with gradient, the teacher without.
 

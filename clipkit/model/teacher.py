@@ -45,13 +45,13 @@ class Teacher:
         self.model.to(device)
         return self
 
-    def embed(self, batch: Batch) -> Embeddings:
-        """The teacher's view of the batch, every role the student encodes, without gradient.
+    def embed(self, batch: Batch, parts: int = 1) -> Embeddings:
+        """The teacher's view of the batch, every role the student encodes, in `parts`, without gradient.
 
         Where the student's image tower is locked, hand in `student.with_image_features(batch)`: the trunk runs once.
         """
         with torch.no_grad():
-            return self.model(batch)
+            return Embeddings.join([self.model(part) for part in batch.split(parts)])
 
     @torch.no_grad()
     def update(self, student: DualEncoder) -> None:

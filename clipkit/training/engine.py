@@ -8,6 +8,7 @@ looks for MPI when no process group is up; gloo must be asked for by name.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipkit.config import Config
+from clipkit.data.batch import Batch
 from clipkit.errors import UserError
+from clipkit.model.embeddings import Embeddings
+from clipkit.training.accumulate import EmbeddingCache
 
 
 class Engine:
@@ -26,8 +30,12 @@ class Engine:
         self.config = config
         self.deepspeed = config.engine.kind == "deepspeed"
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        if config.batch_size % self.world:
-            raise UserError(f"batch_size: {config.batch_size} pairs cannot be split evenly over {self.world} ranks")
+        self.parts = config.engine.accumulate
+        if config.batch_size % (self.world * self.parts):
+            parts = f" in {self.parts} parts each (engine.accumulate)" if self.parts > 1 else ""
+            raise UserError(
+                f"batch_size: {config.batch_size} pairs cannot be split evenly over {self.world} ranks{parts}"
+            )
         _start_process_group(self.world, config.engine.timeout_s, needed=self.deepspeed)
         self.accelerator = _accelerator(config, self.world)
         self.device: torch.device = self.accelerator.device
@@ -36,6 +44,11 @@ class Engine:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the model for this topology. Raises UserError where the wrapped model could not be right."""
+        if self.parts > 1 and (norms := _learning_norms(model)):
+            raise UserError(
+                f"engine.accumulate: {len(norms)} batch norms in a learning tower would see parts of the batch; "
+                "use accumulate: 1, lock the tower, or a tower with group or layer norm"
+            )
         self.bare: Any = _synchronise_norms(model, self.world, self.device).to(self.device)
         if self.world == 1 and not self.deepspeed:
             self.model, self.optimizer = self.bare, optimizer
@@ -46,16 +59,41 @@ class Engine:
         """bf16 compute on fp32 parameters when asked for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
 
+    def embed(self, batch: Batch) -> Embeddings:
+        """This rank's embeddings; with `engine.accumulate` only their values, whose gradient `step` takes further."""
+        if self.parts == 1:
+            return self.model(batch)
+        self._cache = EmbeddingCache(self.model, batch.split(self.parts))
+        return self._cache.embeddings
+
     def step(self, loss: Tensor) -> Tensor:
         """Backward, clip, update. Returns the global gradient norm before clipping (left on the device)."""
         clip = self.config.optim.grad_clip or float("inf")
-        self.accelerator.backward(loss)
+        if self.parts == 1:
+            self.accelerator.backward(loss)
+        else:
+            self._step_in_parts(loss)
         if self.deepspeed:  # backward has clipped and stepped already
             return torch.as_tensor(self.model.get_global_grad_norm())  # type: ignore[operator]
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _step_in_parts(self, loss: Tensor) -> None:
+        loss.backward()  # as far as the embeddings
+        for number in range(self.parts):
+            last = number == self.parts - 1
+            ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
+            with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
+                with self.autocast():
+                    surrogate = self._cache.surrogate(number)
+                if self.deepspeed:  # it divides by the number of parts, and steps at the last of them
+                    self.model.backward(surrogate * self.parts)  # type: ignore[operator]
+                    self.model.step()  # type: ignore[operator]
+                else:
+                    surrogate.backward()
+        del self._cache
 
     def close(self) -> None:
         """Leave the process group in good order, so that no rank aborts at exit."""
@@ -103,8 +141,8 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     """The DeepSpeed settings of a run; every default that surprises is written out."""
     return {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": config.batch_size // world // config.engine.accumulate,
+        "gradient_accumulation_steps": config.engine.accumulate,
         "gradient_clipping": config.optim.grad_clip,  # absent means 1.0, not off
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -116,7 +154,7 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
 
 def _synchronise_norms(model: nn.Module, world: int, device: torch.device) -> nn.Module:
     """Batch norms that learn must see the global batch, or the loss would depend on the number of ranks."""
-    learning = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _learns(m)]
+    learning = _learning_norms(model)
     if world == 1 or not learning:
         return model
     if device.type == "cpu":
@@ -127,5 +165,6 @@ def _synchronise_norms(model: nn.Module, world: int, device: torch.device) -> nn
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def _learns(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
+def _learning_norms(model: nn.Module) -> list[nn.Module]:
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if any(p.requires_grad for p in norm.parameters())]

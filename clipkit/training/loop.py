@@ -52,9 +52,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
             with engine.autocast():
                 if engine.bare.image_locked:
                     batch = engine.bare.with_image_features(batch)  # student and teacher share one pass
-                z = engine.model(batch)
+                z = engine.embed(batch)
                 if teacher:
-                    z.teacher = teacher.embed(batch)
+                    z.teacher = teacher.embed(batch, engine.parts)
             loss, terms = objective(z.world(), config.objective)
             norm = engine.step(loss)
             if teacher:

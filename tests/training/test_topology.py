@@ -71,7 +71,7 @@ def alone(tiny_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Path):
-    """One process, DDP x 2, ZeRO-1 x 2 and ZeRO-2 x 2 give the same 20 losses, and those on file."""
+    """One process, DDP x 2, ZeRO-1 x 2 and ZeRO-2 x 2, whole and in parts: the same 20 losses, and those on file."""
     reference = losses(alone)
     assert len(reference) == 20
     assert reference == pytest.approx(json.loads(GOLDEN.read_text())["degla"], abs=2e-4)
@@ -79,6 +79,8 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         ("ddp", {"kind": "ddp"}),
         ("zero1", {"kind": "deepspeed", "zero_stage": 1}),
         ("zero2", {"kind": "deepspeed", "zero_stage": 2}),
+        ("ddp_parts", {"kind": "ddp", "accumulate": 2}),
+        ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 4}),
     ):
         tree = tiny_tree | {"name": name, "engine": engine | {"timeout_s": 60}}
         finish(launch(tree, tmp_path / f"{name}.yaml", ranks=2))

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipkit import html
 from clipkit.errors import UserError
-from clipkit.evaluation.report import charts, examples, html, lines, markdown_table, words, write_report
+from clipkit.evaluation.report import charts, examples, lines, markdown_table, words, write_report
 from clipkit.evaluation.report.paired import Change, Pairing
 from clipkit.evaluation.report.runs import compare, read_runs
 from clipkit.evaluation.result import Metric

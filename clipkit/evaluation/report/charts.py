@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from clipkit.evaluation.report.html import Html, el, join
 from clipkit.evaluation.report.lines import Line
 from clipkit.evaluation.report.tables import MARKS, mark
 from clipkit.evaluation.report.words import number, short, span
 from clipkit.evaluation.result import Metric
+from clipkit.html import Html, el, join
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipkit.evaluation.report.html import Html, el, join
 from clipkit.evaluation.report.runs import Compared
 from clipkit.evaluation.report.tables import chip
 from clipkit.evaluation.report.words import listed, plain
+from clipkit.html import Html, el, join
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPEN = 3

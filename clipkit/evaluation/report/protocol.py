@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from clipkit.evaluation.report.html import Html, el, join
 from clipkit.evaluation.report.runs import Compared
 from clipkit.evaluation.report.tables import table
 from clipkit.evaluation.report.words import NONE, listed
 from clipkit.evaluation.result import Result
+from clipkit.html import Html, el, join
 
 
 def section(benchmarks: Sequence[Compared], names: Sequence[str]) -> Html:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clipkit.evaluation.report.html import Html, el, join
 from clipkit.evaluation.report.lines import Line, adjusted
 from clipkit.evaluation.report.paired import Change
 from clipkit.evaluation.report.words import NONE, number, p_value, signed, span, verdict
 from clipkit.evaluation.result import Metric
+from clipkit.html import Html, el, join
 
 MARKS = "●■▲◆✚▼"
 """A run's mark, beside its colour."""

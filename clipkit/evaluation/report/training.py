@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit.evaluation.report.charts import curves
-from clipkit.evaluation.report.html import Html, el, join
 from clipkit.evaluation.report.runs import Run
 from clipkit.evaluation.report.tables import chip, table
 from clipkit.evaluation.report.words import NONE
+from clipkit.html import Html, el, join
 
 TITLES = {
     "loss": "loss (weighted sum of the terms)",

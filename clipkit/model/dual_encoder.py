@@ -29,6 +29,7 @@ from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.names import Parts, from_open_clip
+from clipkit.model.preprocess import own_preprocess
 from clipkit.model.spec import custom_spec
 from clipkit.model.towers import RootHead, TimmTower, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
@@ -244,7 +245,7 @@ def _from_settings(config: ModelConfig) -> Parts:
     if image.weights and isinstance(towers.image, TimmTower):
         load_timm_weights(towers.image, image)
     tokenizer = Tokenizer("clip", config.text.context_length, trim=trims_exactly(towers.text))
-    return Parts(spec, towers, tokenizer, Preprocess(image.size, image.mean, image.std, image.resize))
+    return Parts(spec, towers, tokenizer, own_preprocess(image))
 
 
 def load_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "3 s s"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 
 from clipkit.data.decode import Preprocess
@@ -66,6 +67,16 @@ def from_open_clip(name: str) -> Parts:
         scale=float(state["logit_scale"].exp()),
         bias=float(state["logit_bias"]) if "logit_bias" in state else None,
     )
+
+
+def preprocess_of_name(name: str) -> Preprocess:
+    """What `from_open_clip(name).preprocess` is; weights are fetched for it only with a hub's or folder's reference."""
+    architecture, pretrained, _ = resolve(name)
+    if name.startswith(SCHEMES):
+        return from_open_clip(name).preprocess
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
+    size = _config(architecture)["vision_cfg"].get("image_size", open_clip.CLIPVisionCfg.image_size)
+    return _preprocess(name, merge_preprocess_dict(PreprocessCfg(), tag) | {"size": size})
 
 
 def resolve(name: str) -> Reference:

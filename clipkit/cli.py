@@ -53,8 +53,15 @@ app = _group(
 GROUPS = {
     "config": ("Show and check configs.", {"show": runs.show, "check": runs.check, "schema": runs.schema}),
     "shards": (
-        "Write, index, check, show and reshard tar shards.",
-        {"build": data.build, "index": data.index, "check": data.check, "show": data.show, "reshard": data.reshard},
+        "Write, index, check, show, count and reshard tar shards.",
+        {
+            "build": data.build,
+            "index": data.index,
+            "check": data.check,
+            "show": data.show,
+            "stats": data.stats,
+            "reshard": data.reshard,
+        },
     ),
     "negatives": ("Make hard-negative captions.", {"make": data.make}),
     "world": ("The generated picture world.", {"build": data.build_world}),

@@ -18,6 +18,7 @@ import clipkit
 from clipkit import cli
 from clipkit import config as configuration
 from clipkit.commands import arguments, output
+from clipkit.commands.tables import check_tables
 from clipkit.errors import UserError
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -211,9 +212,66 @@ def test_check_names_what_is_wrong(pictures: Path, tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
     done = run("shards", "check", tmp_path / "x.tar", "--json", tmp_path / "found.json")
     assert done.status == 2 and "2 problems" in done.err
+    tables = [table.splitlines() for table in done.out.split("\n\n")]
+    assert tables[0][0] == "problem\ttimes\tshards" and set(tables[0][1:]) == {
+        "unreadable picture\t1\t1",
+        "missing picture\t1\t1",
+    }
+    assert tables[1][1] == f"{tmp_path / 'x.tar'}\t1\t1 missing picture, 1 unreadable picture"
+    assert tables[2][1] == "x.tar/b\tmissing picture"
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["samples"] == 1 and found["usable"] == 0
     assert sum(found["reasons"].values()) == 2
+
+
+def test_the_worst_of_many_shards_are_listed() -> None:
+    problems = {f"{n}.tar": {"samples": 9, "problems": {"empty caption": n} if n else {}} for n in range(30)}
+    found = {"reasons": {"empty caption": 435}, "shards": problems, "examples": {"empty caption": [["a", "b"]]}}
+    reasons, shards, _ = check_tables(found)
+    assert reasons.rows == [("empty caption", 435, 29)]
+    assert shards.title == "the worst 20 of 29 shards with problems"
+    assert len(shards.rows) == 20 and shards.rows[0] == ("29.tar", 9, "29 empty caption")
+
+
+@pytest.fixture
+def shards(pictures: Path, tmp_path: Path) -> Path:
+    well("shards", "build", pictures, "--out", tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_stats_are_a_table_and_json(shards: Path, tmp_path: Path) -> None:
+    said = well("shards", "stats", shards, "--workers", "1", "--json", tmp_path / "stats.json")
+    counts, distributions, *_ = (table.splitlines() for table in said.split("\n\n"))
+    assert "pairs\t3\t1 shards, 0.0 MB" in counts and "captions\t6\t2.00 a pair" in counts
+    assert any(line.startswith("seconds an epoch") and "estimated from" in line for line in counts)
+    assert distributions[0].split("\t") == ["", "mean", "least", "q5", "q50", "q95", "q99", "greatest"]
+    found = json.loads((tmp_path / "stats.json").read_text())
+    assert found["pairs"] == 3 and found["pictures"]["formats"] == {"PNG": 3}
+    sampled = well("shards", "stats", shards, "--sample", "2", "--seed", "4", "--workers", "1")
+    assert "  looked at\t2\ta sample, seed 4" in sampled
+
+
+def test_show_writes_contact_sheets(shards: Path, tmp_path: Path) -> None:
+    page, picture = tmp_path / "new" / "sheet.html", tmp_path / "sheet.png"
+    said = well("shards", "show", shards, "--html", page, "--png", picture, "--random", "1", "-n", "2")
+    assert said.splitlines() == [f"2 pairs in {page}", f"2 pairs in {picture}"]
+    assert page.read_text().count("<article") == 2
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
+    well("shards", "show", shards, "--html", page)
+    assert page.read_text().count("<article") == 3
+
+
+def test_show_draws_as_training_does(shards: Path) -> None:
+    words = ("shards", "show", shards, "--train", "debug", "--set", "batch_size=2", "-n", "2")
+    first = well(*words)
+    assert first == well(*words, "--step", "0") != well(*words, "--step", "1")
+    pair = json.loads(well(*words[:-2], "--step", "3"))
+    assert pair["drawn"]["picture"] == "64x64" and pair["drawn"]["caption"] in pair["captions"]
+    assert pair["drawn"]["step"] == 3
+    assert "belong to --train" in wrong("shards", "show", shards, "--step", "1")
+    assert "belong to --train" in wrong("shards", "show", shards, "--set", "seed=1")
+    assert "batch_size: 32 is more than the 3" in wrong("shards", "show", shards, "--train", "debug")
 
 
 def test_negatives_are_made_beside_the_captions(pictures: Path, tmp_path: Path) -> None:

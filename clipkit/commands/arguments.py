@@ -16,6 +16,7 @@ Json = Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Another seed, other choices.")]
 Shards = Annotated[list[str], typer.Argument(metavar="SHARDS", help="Tar shards: paths or globs.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Side by side; the result is the same.")]
 Model = Annotated[
     str,
     typer.Argument(

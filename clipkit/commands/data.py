@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, settings_for, words
-from clipkit.commands.output import STDOUT, print_table, write_json
+from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, Workers, settings_for, words
+from clipkit.commands.output import STDOUT, print_table, print_tables, write_json
+from clipkit.commands.tables import check_tables, statistics_tables
 from clipkit.errors import UserError
 
+if TYPE_CHECKING:
+    from clipkit.data.sheet import Sheet
+
+SHEET = 24
+"""Pairs on a contact sheet, unless said otherwise."""
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder the shards are written to.")]
 
 
@@ -53,41 +59,98 @@ def index(shards: Shards, json_path: Json = None) -> None:
         print_table(["shard", "pairs"], rows, f"fingerprint {found['fingerprint']}")
 
 
-def check(shards: Shards, json_path: Json = None) -> None:
+def check(shards: Shards, workers: Workers = 2, json_path: Json = None) -> None:
     """Read everything and count what is wrong.
 
-    By shard and reason; exit status 2 when anything is.
+    By reason and shard; exit status 2 when anything is.
     """
     from clipkit.data.check import check_shards
 
-    found = check_shards(shards)
+    found = check_shards(shards, workers=workers)
     if json_path:
         write_json(found, json_path)
-    rows = [(path, why, n) for path, shard in found["shards"].items() for why, n in shard["problems"].items()]
-    if rows and json_path != STDOUT:
-        print_table(["shard", "problem", "times"], rows)
-        examples = [(where, whole) for some in found["examples"].values() for where, whole in some]
-        print_table(["for example", "problem"], examples)
-    if rows:
-        count = sum(n for _, _, n in rows)
+    if found["reasons"]:
+        if json_path != STDOUT:
+            print_tables(check_tables(found))
+        count = sum(found["reasons"].values())
         raise UserError(f"{count} problems; {found['usable']} of {found['samples']} pairs are usable")
     if json_path != STDOUT:
         print(f"{found['samples']} pairs in {len(found['shards'])} shards, all readable")
 
 
+def stats(
+    shards: Shards,
+    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Look at N pairs only.")] = None,
+    seed: Seed = 0,
+    workers: Workers = 2,
+    json_path: Json = None,
+) -> None:
+    """Say what the shards hold, in numbers.
+
+    Captions, negatives, pictures, repetitions, and how long an epoch would take to load.
+    """
+    from clipkit.data.statistics import statistics
+
+    found = statistics(shards, sample=sample, seed=seed, workers=workers)
+    if json_path:
+        write_json(found, json_path)
+    if json_path != STDOUT:
+        print_tables(statistics_tables(found))
+
+
 def show(
     shards: Shards,
-    start: Annotated[int, typer.Option(min=0, metavar="ID", help="First pair, from 0.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, metavar="N", help="How many.")] = 1,
+    start: Annotated[int, typer.Option(min=0, metavar="ID", help="First pair (of the batch), from 0.")] = 0,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", min=1, metavar="N", help="How many: 1, on a sheet 24.")
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(min=0, metavar="SEED", help="As many by chance, from --start on.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a contact sheet as one HTML file.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a contact sheet as one picture.")] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="CONFIG", help="As a batch of this config, trained on these shards.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace settings of --train.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which batch of --train; default 0.")] = None,
 ) -> None:
-    """Print pairs as they are stored."""
-    from clipkit.data.check import show_shard
+    """Print pairs as they are stored, or as training sees them.
 
-    pairs = show_shard(shards, count, start)
-    if not pairs:
+    With --html or --png a contact sheet is written: pictures, captions, negatives with what they change, problems.
+    """
+    from clipkit.data import sheet
+
+    if train is None and (settings or step is not None):
+        raise UserError("--set and --step: belong to --train CONFIG")
+    count = count or (SHEET if html or png else 1)
+    if train is None:
+        found = sheet.stored_sheet(shards, count, start, random)
+    else:
+        found = _training_sheet(train, settings, shards, step or 0, count, start, random)
+    if not found.pairs:
         raise UserError(f"--start {start}: there are fewer pairs")
-    for pair in pairs:
-        print(json.dumps(pair, indent=1, ensure_ascii=False))
+    for write, path in ((sheet.write_html, html), (sheet.write_png, png)):
+        if path:
+            write(found, path)
+            print(f"{len(found.pairs)} pairs in {path}")
+    if not html and not png:
+        for pair in found.pairs:
+            print(json.dumps(pair.to_json(), indent=1, ensure_ascii=False))
+
+
+def _training_sheet(
+    name: str, settings: list[str] | None, shards: list[str], step: int, count: int, start: int, random: int | None
+) -> Sheet:
+    from clipkit import config as configuration
+    from clipkit.data.sheet import drawn_sheet
+    from clipkit.model.preprocess import preprocess_of
+
+    config = configuration.load(name, settings or ())
+    config.data.train = shards
+    return drawn_sheet(config, preprocess_of(config.model), step, count, start, random)
 
 
 def reshard(
@@ -98,7 +161,7 @@ def reshard(
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of reduced pictures.")] = 95,
     name: Annotated[str, typer.Option(metavar="NAME", help="Shards are called NAME-000000.tar, ...")] = "shard",
     skip: Annotated[bool, typer.Option("--skip", help="Leave out unreadable pairs, and count them.")] = False,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes; the result is the same.")] = 2,
+    workers: Workers = 2,
 ) -> None:
     """Cut shards anew, with smaller pictures that decode faster.
 
@@ -128,7 +191,7 @@ def make(
     usual: Annotated[
         int, typer.Option(min=0, metavar="N", help="Drop those with neighbouring words in fewer than N captions.")
     ] = 0,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes; the result is the same.")] = 2,
+    workers: Workers = 2,
     json_path: Json = None,
 ) -> None:
     """Add hard-negative captions to shards, by rules.

@@ -43,3 +43,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
+
+
+def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]) -> None:
+    """(title, columns, rows) each, a blank line between them where nothing is drawn."""
+    for number, (title, columns, rows) in enumerate(tables):
+        if number and not sys.stdout.isatty():
+            print()
+        print_table(columns, rows, title)

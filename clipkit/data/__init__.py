@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clipkit.data.batch import Batch
     from clipkit.data.build import Sample, build_shards, write_shards
-    from clipkit.data.check import check_shards, index_shards, show_shard
+    from clipkit.data.check import check_shards, index_shards
     from clipkit.data.decode import Preprocess
     from clipkit.data.features import FeatureStore
     from clipkit.data.loader import Loader
     from clipkit.data.plan import Plan, SampleRef
     from clipkit.data.shards import Index, TarFolder, read_member
+    from clipkit.data.sheet import show_shard
     from clipkit.data.tokenize import Tokenizer
 
 _MODULES = {
     "batch": ("Batch",),
     "build": ("Sample", "build_shards", "write_shards"),
-    "check": ("check_shards", "index_shards", "show_shard"),
+    "check": ("check_shards", "index_shards"),
     "decode": ("Preprocess",),
     "features": ("FeatureStore",),
     "loader": ("Loader",),
     "plan": ("Plan", "SampleRef"),
+    "sheet": ("show_shard",),
     "shards": ("Index", "TarFolder", "read_member"),
     "tokenize": ("Tokenizer",),
 }

@@ -1,19 +1,23 @@
-"""A look at shards without training on them: scan, read every pair, show a few."""
+"""What is wrong with shards, before training finds out: scan them, read every pair."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipkit.data.members import Unreadable, picture_bytes, read_sheet
-from clipkit.data.shards import Index, expand, summarise
+from clipkit.data.shards import Index, Summary, expand, summarise
 from clipkit.errors import UserError
 
 EXAMPLES = 5
 """Samples named for each reason."""
+AHEAD = 64
+"""Pairs a worker that are handed out at once."""
 STRUCTURE = ("duplicate key", "missing caption", "missing picture", "truncated tar", "not a tar", "no pairs")
 """Reasons that concern what is not a pair of the index at all."""
 
@@ -26,9 +30,9 @@ def index_shards(patterns: str | Path | Sequence[str | Path], progress: bool = T
 
 
 def check_shards(
-    patterns: str | Path | Sequence[str | Path], progress: bool = True, threads: int = 2
+    patterns: str | Path | Sequence[str | Path], progress: bool = True, workers: int = 2
 ) -> dict[str, Any]:
-    """Decode every picture and read every caption of the shards.
+    """Decode every picture and read every caption of the shards, as training does; the same for any `workers`.
 
     → {"samples", "usable", "reasons": {reason: count}, "shards": {path: {"samples", "problems": {reason: count}}},
     "examples": {reason: [[shard/key, whole reason], ...]}}; JSON-able. A shard that is no tar at all is counted, too.
@@ -36,84 +40,80 @@ def check_shards(
     from clipkit.data.build import tracked
 
     paths = expand(patterns)
-    shards: dict[str, Any] = {}
-    reasons: Counter[str] = Counter()
-    examples: dict[str, list[list[str]]] = {}
-    for path in tracked(paths, "checking shards", len(paths)) if progress else paths:
-        count, problems = _check_shard(path, threads)
-        kinds = [reason.partition(":")[0] for _, reason in problems]
-        shards[str(path)] = {"samples": count, "problems": dict(Counter(kinds))}
-        reasons.update(kinds)
-        for kind, (key, reason) in zip(kinds, problems):
-            if len(examples.setdefault(kind, [])) < EXAMPLES:
-                examples[kind].append([f"{path.name}/{key}", reason])
-    samples = sum(shard["samples"] for shard in shards.values())
-    unreadable = sum(count for kind, count in reasons.items() if kind not in STRUCTURE)
-    return {
-        "samples": samples,
-        "usable": samples - unreadable,
-        "reasons": dict(reasons),
-        "shards": shards,
-        "examples": examples,
-    }
+    found = _Found()
+    whole: list[tuple[Path, Summary]] = []
+    for path in tracked(paths, "indexing shards", len(paths)) if progress else paths:
+        summary = found.structure(path)
+        if summary and summary.count:
+            whole.append((path, summary))
+    index = Index([path for path, _ in whole], [summary for _, summary in whole])
+    with ThreadPoolExecutor(workers) as pool:  # decoding lets other threads run
+        failures = _failures(index, pool, workers)
+        for id, reason in tracked(failures, "reading pairs", len(index)) if progress else failures:
+            if reason:
+                found.problem(index.shards[index.locate(id)[0]], index.key(id), reason)
+    return found.report()
 
 
-def show_shard(patterns: str | Path | Sequence[str | Path], n: int = 3, start: int = 0) -> list[dict[str, Any]]:
-    """The first `n` pairs from `start` → [{"id", "where", "members": {suffix: bytes}, "picture", "captions", ...}].
+@dataclass
+class _Found:
+    """Problems, counted as they come."""
 
-    "picture" is "WxH", "negatives" one list of {"text", "kind"} per caption; JSON-able. A pair that cannot be used has
-    "problem" in their place.
-    """
-    index = Index.load(patterns, on_error="skip")
-    return [_shown(index, id) for id in range(start, min(start + n, len(index)))]
+    shards: dict[Path, int] = field(default_factory=dict)
+    problems: dict[Path, Counter[str]] = field(default_factory=dict)
+    examples: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def structure(self, path: Path) -> Summary | None:
+        """Note what the scan of a shard says."""
+        self.shards[path], self.problems[path] = 0, Counter()
+        try:
+            summary = summarise(path)
+        except UserError as error:
+            self.problem(path, "", f"not a tar: {error}")
+            return None
+        self.shards[path] = summary.count
+        for key, reason in summary.problems:
+            self.problem(path, key, reason)
+        if not summary.count:
+            self.problem(path, "", f"no pairs: members are called {', '.join(summary.names) or 'nothing'}, ...")
+        return summary
+
+    def problem(self, path: Path, key: str, reason: str) -> None:
+        """Count one, and keep it for an example while there are few of its kind."""
+        kind = reason.partition(":")[0]
+        self.problems[path][kind] += 1
+        if len(self.examples.setdefault(kind, [])) < EXAMPLES:
+            self.examples[kind].append([f"{path.name}/{key}", reason])
+
+    def report(self) -> dict[str, Any]:
+        reasons = sum(self.problems.values(), Counter())
+        samples = sum(self.shards.values())
+        unreadable = sum(count for kind, count in reasons.items() if kind not in STRUCTURE)
+        shards = {str(p): {"samples": count, "problems": dict(self.problems[p])} for p, count in self.shards.items()}
+        return {
+            "samples": samples,
+            "usable": samples - unreadable,
+            "reasons": dict(reasons.most_common()),
+            "shards": shards,
+            "examples": self.examples,
+        }
 
 
-def _check_shard(path: Path, threads: int) -> tuple[int, list[tuple[str, str]]]:
-    """(pairs in the index, [(key, reason)])."""
-    try:
-        summary = summarise(path)
-    except UserError as error:
-        return 0, [("", f"not a tar: {error}")]
-    problems = [(key, reason) for key, reason in summary.problems]
-    if not summary.count:
-        return 0, [*problems, ("", f"no pairs: members are called {', '.join(summary.names) or 'nothing'}, ...")]
-    index = Index([path], [summary])
-    with ThreadPoolExecutor(threads) as pool:
-        return summary.count, [*problems, *_failures(index, pool)]
-
-
-def _failures(index: Index, pool: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
-    for id, reason in enumerate(pool.map(lambda id: _problem(index, id), range(len(index)))):
-        if reason:
-            yield index.key(id), reason
+def _failures(index: Index, pool: ThreadPoolExecutor, workers: int) -> Iterator[tuple[int, str]]:
+    """(id, what is wrong with it or nothing) in order; a few at a time, so that ten million do not queue up."""
+    step = AHEAD * workers
+    for first in range(0, len(index), step):
+        ids = range(first, min(first + step, len(index)))
+        yield from zip(ids, pool.map(partial(_problem, index), ids))
 
 
 def _problem(index: Index, id: int) -> str:
-    from clipkit.data.decode import read_picture
+    from clipkit.data.decode import read_pixels
 
     try:
         members = index.read(id)
         read_sheet(members)
-        read_picture(picture_bytes(members)[1])
+        read_pixels(picture_bytes(members)[1])
     except Unreadable as reason:
         return str(reason)
     return ""
-
-
-def _shown(index: Index, id: int) -> dict[str, Any]:
-    from clipkit.data.decode import read_picture
-
-    members = index.read(id)
-    shown = {"id": id, "where": index.where(id), "members": {suffix: len(data) for suffix, data in members.items()}}
-    try:
-        sheet = read_sheet(members)
-        width, height = read_picture(picture_bytes(members)[1]).size
-    except Unreadable as reason:
-        return shown | {"problem": str(reason)}
-    return shown | {
-        "picture": f"{width}x{height}",
-        "captions": sheet.captions,
-        "negatives": sheet.negatives,
-        "group": sheet.group,
-        "extra": sheet.extra,
-    }

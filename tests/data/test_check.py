@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipkit.data.build import encode_jpeg
-from clipkit.data.check import check_shards, index_shards, show_shard
+from clipkit.data.check import check_shards, index_shards
+from clipkit.data.sheet import show_shard
 
 from .conftest import noise_picture
 
@@ -30,6 +31,7 @@ def test_every_problem_is_counted_and_named(write_tar: Writer, tmp_path: Path) -
     write_tar([("x.left", b""), ("x.right", b"")], "c.tar")
     (tmp_path / "d.tar").write_bytes(write_tar(pairs, "d.tar").read_bytes()[:5000])
     report = json.loads(json.dumps(check_shards(f"{tmp_path}/*.tar", progress=False)))
+    assert report == check_shards(f"{tmp_path}/*.tar", progress=False, workers=1)
     problems = {Path(path).name: shard["problems"] for path, shard in report["shards"].items()}
     assert problems == {
         "a.tar": {

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
-import subprocess
 from collections.abc import Callable
-from html.parser import HTMLParser
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,35 +20,8 @@ from clipkit.evaluation.report.runs import compare, read_runs
 from clipkit.evaluation.result import Metric
 from clipkit.evaluation.stats import holm, mcnemar, paired_bootstrap
 from tests.evaluation.report_runs import FORMS, HOSTILE, compositional, retrieval, write_run, zeroshot
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"meta", "link", "img", "br", "col"}
-
-
-class Markup(HTMLParser):
-    """Checks that elements close as they opened; keeps what the tests ask for."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+from tests.markup import CHROMIUM, Markup
+from tests.markup import browse as in_browser
 
 
 @pytest.fixture(scope="module")
@@ -292,35 +263,14 @@ parent.postMessage({
   pictures: [...document.images].every((i) => i.naturalWidth > 0),
 }, "*");
 """
-FRAME = """<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
-<iframe src="checked.html" style="border:0;width:{width}px;height:900px"></iframe>
-<script>
-addEventListener("message", (e) => {{ document.documentElement.dataset.found = JSON.stringify(e.data); }});
-</script>
-"""
 
 
 @pytest.fixture
 def browse(report: Path, tmp_path: Path) -> Callable[..., str]:
-    """Chromium's output for the report with our checks inside, in a frame of the width (windows have a least one)."""
+    """Chromium's output for the report in a frame of some width."""
     if CHROMIUM is None:
         pytest.skip("no chromium here")
-    text = re.sub(r"script-src &#x27;.*?&#x27;", "script-src &#x27;unsafe-inline&#x27;", report.read_text())
-    text = text.replace('loading="lazy"', "")
-    (tmp_path / "checked.html").write_text(text.replace("</body>", f"<script>{CHECKS}</script></body>"))
-
-    def run(width: int, *options: str) -> str:
-        (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-        quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-sync", *quiet.split(), *options]
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        log = ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000", "--window-size=1400,900"]
-        page = (tmp_path / "frame.html").as_uri()
-        done = subprocess.run([*command, profile, *log, page], capture_output=True, text=True, timeout=120, check=True)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        return done.stdout
-
-    return run
+    return partial(in_browser, report, CHECKS, tmp_path)
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -239,7 +239,8 @@ def shards(pictures: Path, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_stats_are_a_table_and_json(shards: Path, tmp_path: Path) -> None:
+def test_stats_are_a_table_and_json(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipkit.data.pace.PAIRS", 64)
     said = well("shards", "stats", shards, "--workers", "1", "--json", tmp_path / "stats.json")
     counts, distributions, *_ = (table.splitlines() for table in said.split("\n\n"))
     assert "pairs\t3\t1 shards, 0.0 MB" in counts and "captions\t6\t2.00 a pair" in counts
@@ -260,6 +261,32 @@ def test_show_writes_contact_sheets(shards: Path, tmp_path: Path) -> None:
         assert drawn.format == "PNG"
     well("shards", "show", shards, "--html", page)
     assert page.read_text().count("<article") == 3
+
+
+def test_names_and_texts_that_no_output_takes(tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in {
+            "a.png": b"none",
+            "a.json": b'{"captions": ["half \\ud800 of"]}',
+            "caf\udce9.txt": b"x",
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    done = run("shards", "check", tmp_path / "x.tar", "--json", tmp_path / "found.json")
+    assert done.status == 2 and "x.tar/caf?" in done.out and "caf?" in (tmp_path / "found.json").read_text()
+    assert json.loads(well("shards", "show", tmp_path / "x.tar"))["problem"].startswith("unreadable picture")
+    (tmp_path / "y").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "y" / "b.png")
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        tar.add(tmp_path / "y" / "b.png", "b.png")
+        tar.addfile(tarfile.TarInfo("b.txt"))
+        member = tarfile.TarInfo("b.json")
+        member.size = 33
+        tar.addfile(member, io.BytesIO(b'{"captions": ["half \\ud800 of"]}'.ljust(33)))
+    assert json.loads(well("shards", "show", tmp_path / "y.tar"))["captions"] == ["half ? of"]
 
 
 def test_show_draws_as_training_does(shards: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,7 +137,7 @@ def show(
             print(f"{len(found.pairs)} pairs in {path}")
     if not html and not png:
         for pair in found.pairs:
-            print(json.dumps(pair.to_json(), indent=1, ensure_ascii=False))
+            write_json(pair.to_json(), STDOUT)
 
 
 def _training_sheet(

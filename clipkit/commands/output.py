@@ -14,7 +14,7 @@ STDOUT = "-"
 
 def write_json(value: Any, path: str) -> None:
     """`value` as JSON into the file `path`, whole or not at all; `-` is standard output."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = _sayable(json.dumps(value, indent=1, ensure_ascii=False)) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
         return
@@ -29,7 +29,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     """Rows on standard output; numbers stand right-aligned."""
     if not sys.stdout.isatty():
         for row in [columns, *rows]:
-            print(*row, sep="\t")
+            print(*(_sayable(cell) for cell in row), sep="\t")
         return
     from rich import box
     from rich.console import Console
@@ -41,7 +41,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         numeric = all(isinstance(row[number], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(_sayable(cell)) for cell in row))
     Console().print(table)
 
 
@@ -51,3 +51,8 @@ def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[An
         if number and not sys.stdout.isatty():
             print()
         print_table(columns, rows, title)
+
+
+def _sayable(value: Any) -> str:
+    """As text; halves of surrogate pairs, which captions and names in tars can hold and no output takes, become ?."""
+    return str(value).encode(errors="replace").decode()

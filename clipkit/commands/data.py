@@ -148,7 +148,7 @@ def _training_sheet(
     from clipkit.model.preprocess import preprocess_of
 
     config = configuration.load(name, settings or ())
-    config.data.train = shards
+    config.data.train, config.data.sources = shards, {}
     return drawn_sheet(config, preprocess_of(config.model), step, count, start, random)
 
 

@@ -85,8 +85,10 @@ def _texts(pair: Shown) -> list[Text]:
         out.append(Text(_words(pair.note, "quiet")))
     if pair.drawn:
         out += _captioned(pair.drawn.caption, pair.drawn.caption, pair.drawn.negatives)
-        others = [text for text in pair.captions if text and text != pair.drawn.caption]
-        return out + [Text(_words(f"not drawn: {text}", "quiet"), indent=2) for text in others]
+        positives = pair.drawn.positives
+        others = [text for text in pair.captions if text and text not in (pair.drawn.caption, *positives)]
+        said = [f"positive: {text}" for text in positives] + [f"not drawn: {text}" for text in others]
+        return out + [Text(_words(text, "quiet"), indent=2) for text in said]
     for c, caption in enumerate(pair.captions):
         out += _captioned(f"{c + 1}. {caption}", caption, pair.negatives_of(c))
     return out

@@ -48,9 +48,7 @@ def _card(pair: Shown) -> Html:
         el("p", f"⚠ {printable(pair.problem)}", class_="problem") if pair.problem else None,
         el("p", printable(pair.note), class_="quiet") if pair.note else None,
         _figure(drawn.picture if drawn else pair.picture, pair),
-        _row(drawn, pair)
-        if drawn
-        else el("ol", [_caption(pair, c) for c in range(len(pair.captions))], class_="texts"),
+        _row(drawn, pair) if drawn else _captions(pair),
         _facts(pair),
         class_="card",
     )
@@ -80,14 +78,17 @@ def _caption(pair: Shown, c: int) -> Html:
 
 
 def _row(drawn: Drawn, pair: Shown) -> Html:
-    """The caption that was drawn with its negatives; the others below."""
-    others = [caption for caption in pair.captions if caption and caption != drawn.caption]
+    """The caption that was drawn with its negatives and positives; the others below."""
+    others = [text for text in pair.captions if text and text not in (drawn.caption, *drawn.positives)]
     return join(
         el("ul", el("li", el("b", _text(drawn.caption)), _negatives(drawn.caption, drawn.negatives)), class_="texts"),
-        el("div", "Not drawn:", el("ul", [el("li", _text(text)) for text in others]), class_="quiet")
-        if others
-        else None,
+        _list("Positives:", drawn.positives),
+        _list("Not drawn:", others),
     )
+
+
+def _list(headline: str, texts: list[str]) -> Html | None:
+    return el("div", headline, el("ul", [el("li", _text(text)) for text in texts]), class_="quiet") if texts else None
 
 
 def _negatives(caption: str, negatives: list[Negative]) -> Html | None:

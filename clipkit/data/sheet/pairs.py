@@ -13,9 +13,9 @@ from PIL import Image
 
 from clipkit.config import Config
 from clipkit.data.decode import Preprocess, read_picture
-from clipkit.data.loader import Row, _Reader
 from clipkit.data.members import Unreadable, picture_bytes, read_sheet
 from clipkit.data.plan import Plan
+from clipkit.data.reader import Reader
 from clipkit.data.shards import Index
 
 Negative = dict[str, Any]
@@ -24,9 +24,10 @@ Negative = dict[str, Any]
 
 @dataclass
 class Drawn:
-    """A row of a training batch: the caption that was drawn, its negatives in their order, what the tower is given."""
+    """A row of a training batch: the captions that were drawn, negatives in their order, what the tower is given."""
 
     caption: str
+    positives: list[str]
     negatives: list[Negative]
     group: int
     picture: Image.Image
@@ -110,10 +111,9 @@ def drawn_pairs(
         data = data.model_copy(update={"augment": "none"})
     index = Index.load(data.train, on_error=data.on_error)
     plan = Plan(index, batch_size=config.batch_size, seed=config.seed, lanes=data.lanes)
-    epoch, i = plan.at(step)
-    reader = _Reader(index, data, preprocess, config.seed, features=None)
-    ids = _choose(plan.ids(epoch, i).tolist(), n, start, random)
-    return [_drawn(reader, id, step, epoch) for id in ids]
+    reader = Reader(index, plan.ranges, data, preprocess, config.seed, features=None)
+    ids, (epoch, *_) = plan.rows(step)
+    return [_drawn(reader, id, step, int(epoch)) for id in _choose(ids.tolist(), n, start, random)]
 
 
 def _choose(ids: Sequence[int], n: int, start: int, random: int | None) -> list[int]:
@@ -139,7 +139,7 @@ def _stored(index: Index, id: int) -> Shown:
     return shown
 
 
-def _drawn(reader: _Reader, id: int, step: int, epoch: int) -> Shown:
+def _drawn(reader: Reader, id: int, step: int, epoch: int) -> Shown:
     skipped: list[tuple[str, str]] = []
     try:
         row = reader.row(id, epoch)
@@ -152,14 +152,5 @@ def _drawn(reader: _Reader, id: int, step: int, epoch: int) -> Shown:
     shown = _stored(reader.index, row.id)
     shown.note = "; ".join(f"takes the place of {where}: {reason}" for where, reason in skipped)
     picture = Image.fromarray(row.picture.permute(1, 2, 0).numpy())
-    negatives = [_as_stored(shown, row, text) for text in row.negatives]
-    shown.drawn = Drawn(row.caption, negatives, row.group, picture, step, epoch)
+    shown.drawn = Drawn(row.caption, row.positives, row.negatives, row.group, picture, step, epoch)
     return shown
-
-
-def _as_stored(shown: Shown, row: Row, text: str) -> Negative:
-    """The stored negative that says `text`, of a caption that reads like the one drawn."""
-    of_caption = [
-        n for c, caption in enumerate(shown.captions) if caption == row.caption for n in shown.negatives_of(c)
-    ]
-    return next((n for n in of_caption if n["text"] == text), {"text": text})

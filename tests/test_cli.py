@@ -277,16 +277,7 @@ def test_names_and_texts_that_no_output_takes(tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
     done = run("shards", "check", tmp_path / "x.tar", "--json", tmp_path / "found.json")
     assert done.status == 2 and "x.tar/caf?" in done.out and "caf?" in (tmp_path / "found.json").read_text()
-    assert json.loads(well("shards", "show", tmp_path / "x.tar"))["problem"].startswith("unreadable picture")
-    (tmp_path / "y").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "y" / "b.png")
-    with tarfile.open(tmp_path / "y.tar", "w") as tar:
-        tar.add(tmp_path / "y" / "b.png", "b.png")
-        tar.addfile(tarfile.TarInfo("b.txt"))
-        member = tarfile.TarInfo("b.json")
-        member.size = 33
-        tar.addfile(member, io.BytesIO(b'{"captions": ["half \\ud800 of"]}'.ljust(33)))
-    assert json.loads(well("shards", "show", tmp_path / "y.tar"))["captions"] == ["half ? of"]
+    assert json.loads(well("shards", "show", tmp_path / "x.tar"))["problem"].startswith("broken json: half a surrogate")
 
 
 def test_show_draws_as_training_does(shards: Path) -> None:

@@ -105,6 +105,11 @@ def _parse(data: bytes) -> dict[str, Any]:
         record = json.loads(_text(data, "json"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise Unreadable(f"broken json: {error}") from None
+    if b"\\ud" in data.lower():
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Unreadable("broken json: half a surrogate pair, which no text can hold") from None
     if not isinstance(record, dict):
         raise Unreadable(f"broken json: should hold names and values, found {record!r:.80}")
     return record

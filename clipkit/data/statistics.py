@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.build import tracked
 from clipkit.data.decode import FORMATS
-from clipkit.data.loader import group_number
 from clipkit.data.members import Sheet, Unreadable, picture_bytes, read_sheet
 from clipkit.data.pace import pace
+from clipkit.data.reader import group_number
 from clipkit.data.repeats import Repeats, hash_of
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer

@@ -177,7 +177,9 @@ class DualEncoder(nn.Module):
 
     def _by_length(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
         """The text tower on texts of like length at a time: the same values, without most of the padding."""
-        lengths = (tokens != 0).sum(1)
+        # Not the number of tokens other than 0: CLIP's token 0 is a real one, a "!" inside a word.
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        lengths = ((tokens != 0) * places).amax(1)
         order = lengths.argsort(stable=True)
         parts = order.chunk(BUCKETS if len(order) >= 128 * BUCKETS else 1)
         features = [self.text_tower(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]

@@ -37,6 +37,15 @@ def test_negatives_keep_to_their_caption() -> None:
         ({"json": b'{"captions": [1]}'}, "broken json: captions should be a list"),
         ({"json": b'{"captions": ["a"], "negatives": ["b"]}'}, "broken json: negatives should be"),
         ({"json": b'{"captions": ["a"], "negatives": [[{"kind": "swap"}]]}'}, "broken json: negatives should be"),
+        ({"json": b'{"caption": "a \\uD800 b"}'}, "broken json: half a surrogate pair"),
+        ({"json": b'{"caption": "a", "relevance": "high"}'}, "broken json: relevance should be 1 numbers ≥ 0"),
+        ({"json": b'{"caption": "a", "relevance": -1}'}, "broken json: relevance should be numbers ≥ 0"),
+        ({"json": b'{"caption": "a", "relevance": NaN}'}, "broken json: relevance should be"),
+        ({"json": b'{"captions": ["a", "b"], "caption_kinds": ["x"]}'}, "broken json: caption_kinds should be 2 texts"),
+        (
+            {"json": b'{"caption": "a", "negatives": [[{"text": "b", "picture": "c"}]]}'},
+            "broken json: negatives should",
+        ),
         ({"json": b"\xff\xfe"}, "broken json: not UTF-8"),
         ({"txt": b"caf\xe9"}, "broken txt: not UTF-8"),
         ({"txt": b" \n"}, "empty caption"),
@@ -47,6 +56,10 @@ def test_negatives_keep_to_their_caption() -> None:
 def test_reasons(members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         read_sheet(members)
+
+
+def test_whole_surrogate_pairs_are_text() -> None:
+    assert read_sheet({"json": b'{"caption": "a \\ud83d\\ude00"}'}).captions == ["a \U0001f600"]
 
 
 def test_the_picture() -> None:

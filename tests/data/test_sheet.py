@@ -26,7 +26,7 @@ from tests.markup import CHROMIUM, Markup, browse
 from .conftest import noise_picture
 
 HOSTILE = '</span><script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(1)>'
-FOREIGN = ["две собаки бегут", "二匹の犬が走っている" * 30, "كلبان يجريان \u202e", "🐕 \ud800 \x00 dogs", "x" * 3000]
+FOREIGN = ["две собаки бегут", "二匹の犬が走っている" * 30, "كلبان يجريان \u202e", "🐕 \x00 dogs", "x" * 3000]
 
 
 @pytest.fixture

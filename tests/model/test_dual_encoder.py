@@ -225,3 +225,13 @@ def test_tower_of_fixed_length_gets_full_tokens():
     assert model.tokenizer(["short"]).shape == (1, 24)
     with pytest.raises(AssertionError, match="all 24 positions"):
         model.encode_text(model.tokenizer(["short"])[:, :5])
+
+
+def test_a_text_that_holds_token_0_keeps_its_end(model: DualEncoder):
+    """CLIP's token 0 is a "!" that does not end a word; it is also what texts are padded with."""
+    texts = ["a dog !~ b", "a"]
+    tokens = model.tokenizer(texts)
+    assert 0 in tokens[0, :-1] and tokens[0, -1] == 49407
+    with torch.no_grad():
+        together, padded = model.encode_text(tokens), model.text_tower(torch.nn.functional.pad(tokens, (0, 4)))
+    torch.testing.assert_close(together, torch.nn.functional.normalize(padded.float(), dim=-1), atol=1e-6, rtol=0)

@@ -36,8 +36,8 @@ class Tokenizer:
         rows = [self._encode(text) for text in texts]
         width = max(map(len, rows), default=1) if self.trim else self.context_length
         out = np.zeros((len(rows), width), dtype=np.int64)
-        for row, ids in zip(out, rows):
-            row[: len(ids)] = ids
+        for row, ids in enumerate(rows):
+            out[row, : len(ids)] = ids
         return torch.from_numpy(out)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, int, bool]]:

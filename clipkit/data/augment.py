@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from clipkit.data.decode import Preprocess, resize
+from clipkit.data.decode import Preprocess
+from clipkit.data.resize import resize
 from clipkit.data.seeds import uniform
 
 RATIO = (3 / 4, 4 / 3)

@@ -137,7 +137,8 @@ def _reduced(data: bytes, recipe: Recipe) -> bytes | None:
     """The picture at the wanted short side as JPEG; None where it is no larger. Raises Unreadable."""
     from PIL import Image
 
-    from clipkit.data.decode import read_pixels, resize
+    from clipkit.data.decode import read_pixels
+    from clipkit.data.resize import resize
 
     pixels = read_pixels(data)
     height, width = pixels.shape[1:]

@@ -129,6 +129,10 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
             "data: {cache_image_features: true, augment: none}",
             "data.cache_image_features needs model.lock_image: true (features of a learning tower change)",
         ),
+        (
+            "data: {cache_image_features: true, augment: none, decode: scaled}\nmodel: {lock_image: true}",
+            "data.cache_image_features needs data.decode: exact (each picture is decoded once)",
+        ),
     ],
 )
 def test_combinations_that_cannot_be_right(tmp_path: Path, text: str, expected: str) -> None:

@@ -1,30 +1,23 @@
-"""Seeded picture augmentation on uint8 pixels: which crop a picture gets depends on (seed, epoch, id) alone."""
+"""Seeded picture augmentation: which crop a picture gets depends on (seed, epoch, id) alone."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor
 
-from clipkit.data.decode import Preprocess
-from clipkit.data.resize import resize
+from clipkit.data.decode import View
 from clipkit.data.seeds import uniform
 
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a crop."""
+LOG_RATIO = (math.log(RATIO[0]), math.log(RATIO[1]))
 TRIES = 10
 
 
-def random_crop(
-    pixels: UInt8[Tensor, "3 h w"], preprocess: Preprocess, scale: float, *key: int | str
-) -> UInt8[Tensor, "3 s s"]:
+def random_view(height: int, width: int, size: int, scale: float, *key: int | str) -> View:
     """Random resized crop (Inception's, as CLIP trains with) keeping at least `scale` of the area, drawn by `key`."""
-    _, high, wide = pixels.shape
-    top, left, height, width = crop_box(high, wide, scale, uniform(4 * TRIES, *key))
-    cut = pixels[:, top : top + height, left : left + width]
-    return resize(cut, preprocess.size, preprocess.size, preprocess.interpolation)
+    return View(*crop_box(height, width, scale, uniform(4 * TRIES, *key)), to=(size, size))
 
 
 def crop_box(height: int, width: int, scale: float, draws: np.ndarray) -> tuple[int, int, int, int]:
@@ -34,7 +27,7 @@ def crop_box(height: int, width: int, scale: float, draws: np.ndarray) -> tuple[
     """
     for area, shape, y, x in draws.reshape(-1, 4).tolist():
         target = height * width * (scale + area * (1 - scale))
-        ratio = math.exp(math.log(RATIO[0]) + shape * (math.log(RATIO[1]) - math.log(RATIO[0])))
+        ratio = math.exp(LOG_RATIO[0] + shape * (LOG_RATIO[1] - LOG_RATIO[0]))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w

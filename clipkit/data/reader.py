@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from clipkit.config import DataConfig
-from clipkit.data.augment import random_crop
-from clipkit.data.decode import Preprocess, fit, read_pixels
+from clipkit.data.augment import random_view
+from clipkit.data.decode import Preprocess, View, decode_view, whole
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import SHEETS, Sheet, Unreadable, negative_picture, picture_bytes, read_sheet
 from clipkit.data.seeds import bits, shuffled, uniform
@@ -143,10 +143,12 @@ class Reader:
         return self._pixels(negative_picture(members, number), "negative crop", epoch, id, number)
 
     def _pixels(self, data: bytes, *key: int | str) -> Tensor:
-        pixels = read_pixels(data)
-        if self.data.augment == "none":
-            return fit(pixels, self.preprocess)
-        return random_crop(pixels, self.preprocess, self.data.crop_scale, self.seed, *key)
+        def view_of(height: int, width: int) -> View:
+            if self.data.augment == "none":
+                return whole(height, width, self.preprocess)
+            return random_view(height, width, self.preprocess.size, self.data.crop_scale, self.seed, *key)
+
+        return decode_view(data, view_of, self.preprocess, scaled=self.data.decode == "scaled")
 
 
 def draw(texts: Sequence[dict[str, Any]], k: int, *key: int | str) -> list[dict[str, Any]]:

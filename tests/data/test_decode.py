@@ -6,17 +6,31 @@ import io
 import json
 import random
 import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clipkit.data.augment import RATIO, TRIES, crop_box, random_crop
+from clipkit.data.augment import RATIO, TRIES, crop_box, random_view
 from clipkit.data.build import encode_jpeg
-from clipkit.data.decode import Preprocess, decode, fit, read_picture, read_pixels, to_pixels
+from clipkit.data.decode import (
+    Preprocess,
+    View,
+    decode,
+    decode_view,
+    fit,
+    read_picture,
+    read_pixels,
+    show,
+    to_pixels,
+    whole,
+)
 from clipkit.data.members import Unreadable
 from clipkit.data.seeds import uniform
+from clipkit.data.shards import Index
 
 from .conftest import noise_picture
 
@@ -122,17 +136,97 @@ def test_crop_boxes_keep_area_shape_and_place() -> None:
 
 
 def test_a_crop_belongs_to_its_key() -> None:
-    pixels = to_pixels(noise_picture(6, 200, 150))
-    same = [random_crop(pixels, Preprocess(32), 0.5, 0, "crop", 1, 2) for _ in range(2)]
-    other = random_crop(pixels, Preprocess(32), 0.5, 0, "crop", 2, 2)
-    assert torch.equal(*same) and not torch.equal(same[0], other) and other.shape == (3, 32, 32)
+    first, again = (random_view(150, 200, 32, 0.5, 0, "crop", 1, 2) for _ in range(2))
+    assert first == again != random_view(150, 200, 32, 0.5, 0, "crop", 2, 2) and first.to == (32, 32)
 
 
 def test_a_crop_is_pillows() -> None:
     picture = noise_picture(7, 200, 150)
     top, left, height, width = crop_box(150, 200, 0.5, uniform(4 * TRIES, "key"))
     expected = picture.crop((left, top, left + width, top + height)).resize((48, 48), Image.Resampling.BICUBIC)
-    assert_close(random_crop(to_pixels(picture), Preprocess(48), 0.5, "key"), expected)
+    assert_close(show(to_pixels(picture), random_view(150, 200, 48, 0.5, "key"), Preprocess(48)), expected)
+
+
+def crop(height: int, width: int, size: int = 224) -> View:
+    return random_view(height, width, size, 0.9, "crop", height)
+
+
+def on_the_grid(data: bytes, view: View, preprocess: Preprocess) -> torch.Tensor:
+    """What scaled decoding should come near to: its own box, decoded exactly."""
+    factor, pixels = view.reduction(), read_pixels(data)
+    top, left, height, width = (edge * factor for edge in view.reduced(factor)[:4])
+    return show(pixels, View(top, left, height, width, view.to), preprocess)
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
+    """(mean, largest) distance in levels."""
+    levels = (found.int() - expected.int()).abs()
+    return levels.float().mean().item(), int(levels.max())
+
+
+@pytest.mark.parametrize(
+    ("box", "to", "factor"),
+    [((480, 640), 224, 2), ((447, 640), 224, 1), ((896, 896), 224, 4), ((4000, 3000), 224, 8), ((90, 90), 224, 1)],
+)
+def test_scaled_decoding_leaves_enough_pixels(box: tuple[int, int], to: int, factor: int) -> None:
+    view = View(3, 5, *box, (to, to))
+    assert view.reduction() == factor
+    small = view.reduced(factor)
+    edges = zip((view.top, view.left, view.top + view.height, view.left + view.width),
+                (small.top, small.left, small.top + small.height, small.left + small.width))  # fmt: skip
+    assert all(abs(edge - factor * near) <= factor / 2 for edge, near in edges)
+
+
+@pytest.mark.parametrize("settings", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+@pytest.mark.parametrize("shape", [(640, 480), (481, 643), (1021, 771), (2000, 1500)])
+def test_scaled_decoding_shows_the_same_box(shape: tuple[int, int], settings: dict[str, int]) -> None:
+    """Of a smooth picture hardly a value changes; a box a pixel off would change most of them."""
+    data, preprocess = encoded(noise_picture(8, *shape), "JPEG", quality=95, **settings), Preprocess(224)
+    for view_of in (crop, partial(whole, preprocess=preprocess)):
+        found = decode_view(data, view_of, preprocess, scaled=True)
+        mean, largest = off(found, on_the_grid(data, view_of(*shape[::-1]), preprocess))
+        assert found.shape == (3, 224, 224) and 0 < mean < 0.7 and largest <= 6
+        mean, largest = off(found, decode_view(data, view_of, preprocess))
+        assert mean < 1.5 and largest <= 12
+
+
+@pytest.mark.parametrize(("size", "most"), [((640, 480), 1.2), ((1024, 768), 0.5)])
+def test_scaled_decoding_of_photographs(shared: Path, size: tuple[int, int], most: float) -> None:
+    """The stated distance: mean levels off Pillow's decoding and bicubic resize of the same box."""
+    index, preprocess = Index.load(shared / "data" / "flickr8k_dev-000.tar"), Preprocess(224)
+    found = []
+    for id in range(24):
+        picture = read_picture(index.read(id)["jpg"]).resize(size, Image.Resampling.BICUBIC)
+        data = encode_jpeg(picture)
+        pixels, view = decode_view(data, crop, preprocess, scaled=True), crop(*size[::-1])
+        box = view.reduced(2)
+        corners = (2 * box.left, 2 * box.top, 2 * (box.left + box.width), 2 * (box.top + box.height))
+        exact = read_picture(data).crop(corners).resize((224, 224), Image.Resampling.BICUBIC)
+        found.append(off(pixels, to_pixels(exact)))
+    assert 0.1 < np.mean([mean for mean, _ in found]) < most and max(largest for _, largest in found) <= 40
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(noise_picture(9, 440, 440), "JPEG"),
+        encoded(noise_picture(9, 640, 480), "PNG"),
+        encoded(noise_picture(9, 640, 480).convert("CMYK"), "JPEG"),
+    ],
+    ids=["small", "png", "cmyk"],
+)
+def test_what_cannot_be_scaled_is_decoded_exactly(data: bytes) -> None:
+    exact, scaled = (decode_view(data, crop, Preprocess(224), scaled=scaled) for scaled in (False, True))
+    assert torch.equal(exact, scaled)
+
+
+def test_damaged_pictures_are_unreadable_either_way() -> None:
+    data = encode_jpeg(noise_picture(4, 640, 480))
+    with pytest.raises(Unreadable, match="unreadable picture: OSError"):
+        decode_view(data[: len(data) // 2], crop, Preprocess(224), scaled=True)
+    patched = data[:-40] + bytes(20) + data[-20:]  # what simplejpeg finds fault with and Pillow does not
+    exact, scaled = (decode_view(patched, crop, Preprocess(224), scaled=scaled) for scaled in (False, True))
+    assert torch.equal(exact, scaled)
 
 
 def test_preprocess_goes_through_json() -> None:

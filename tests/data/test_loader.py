@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
-from clipkit.data.build import encode_jpeg, write_shard
+from clipkit.data.build import Sample, encode_jpeg, write_shard
 from clipkit.data.decode import Preprocess, decode, fit, read_picture, to_pixels
 from clipkit.data.features import FeatureStore
 from clipkit.data.loader import Loader, check_first
@@ -274,6 +274,22 @@ def test_the_loader_pickles(load: Callable[..., Loader]) -> None:
     loader = load()
     for a, b in zip(pickle.loads(pickle.dumps(loader)).steps(0, 2), loader.steps(0, 2)):
         assert_same(a, b)
+
+
+def test_scaled_decoding_is_asked_for(load: Callable[..., Loader], tmp_path: Path) -> None:
+    """Near the exact pixels and not equal to them, the same for any number of workers, crops and all else alike."""
+    pairs = (Sample(f"{i}", encode_jpeg(noise_picture(i, 64, 48)), "jpg", ["words"]) for i in range(8))
+    write_shard(pairs, tmp_path / "x.tar")
+    index = Index.load(tmp_path)
+    for augment in ("crop", "none"):
+        exact, scaled, others = (
+            next(load(index, batch=8, augment=augment, **settings).steps(0, 1))
+            for settings in ({}, {"decode": "scaled"}, {"decode": "scaled", "workers": 2})
+        )
+        assert_same(scaled, others)
+        assert_same(dataclasses.replace(exact, image=None), dataclasses.replace(scaled, image=None))
+        assert exact.image is not None and scaled.image is not None
+        assert 0 < (exact.image.int() - scaled.image.int()).abs().float().mean() < 8
 
 
 def test_workers_end_with_the_iteration(load: Callable[..., Loader]) -> None:

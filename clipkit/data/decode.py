@@ -156,6 +156,8 @@ def show(pixels: UInt8[Tensor, "3 h w"], view: View, preprocess: Preprocess) -> 
     size, (height, width) = preprocess.size, view.to
     box = pixels[:, view.top : view.top + view.height, view.left : view.left + view.width]
     box = resize(box, height, width, preprocess.interpolation)
+    if view.to == (size, size):
+        return box
     top, left = round((height - size) / 2), round((width - size) / 2)
     return box[:, top : top + size, left : left + size]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
@@ -25,7 +26,7 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
     kinds = [[str(negative.get("kind", "")) for negative in row.negatives] for row in rows]
     text, positive_text, negative_text = _tokens(rows, positives, negatives, data, tokenizer)
     features = rows[0].picture.ndim == 1
-    pictures = torch.stack([row.picture for row in rows])
+    pictures = default_collate([row.picture for row in rows])  # in a worker straight into shared memory
     negative_pictures, pictured = _negative_pictures(rows, data.negative_images)
     return Batch(
         text=text,

@@ -2,9 +2,10 @@
 
 python perf/loader.py PICTURES.tar [SAMPLES]      prints, and writes perf/results/loader.json
 
-The pictures of the given shard are brought to 512 x 384 and about 45 kB; training transform to 224 pixels. open_clip's
-pipeline is its own transform and tokenizer behind the webdataset stages of open_clip_train/data.py. Both run in this
-process on one thread; rounds take turns and the median counts. clipkit leaves uint8, open_clip normalised float32.
+The pictures of the given shard are brought to 512 x 384 and about 45 kB (and, for the table of sizes, to others);
+training transform to 224 pixels. open_clip's pipeline is its own transform and tokenizer behind the webdataset stages
+of open_clip_train/data.py. Both run in this process on one thread; rounds take turns and the median counts. clipkit
+leaves uint8, open_clip normalised float32. The floor is libjpeg-turbo's decoding and torch's resize alone.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import io
 import json
 import os
 import platform
-import statistics
 import sys
-import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,79 +25,22 @@ import numpy as np
 import open_clip
 import torch
 import webdataset
-from PIL import Image
+from memory import caches, epoch
+from PIL import Image, __version__
+from pipelines import ROUNDS, SIZE, TOKENIZER, cpu_ms, floor, medians, ours, peer, shard
 from startup import processor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from clipkit.config import DataConfig
-from clipkit.data.build import Sample, write_shard
-from clipkit.data.decode import Preprocess, read_pixels, resize
-from clipkit.data.loader import Loader
-from clipkit.data.plan import Plan
+from clipkit.data.augment import random_view
+from clipkit.data.decode import Preprocess, View, decode_view, read_pixels
+from clipkit.data.reshard import reshard
+from clipkit.data.resize import resize
 from clipkit.data.shards import Index
-from clipkit.data.tokenize import Tokenizer
 
 RESULT = Path(__file__).parent / "results" / "loader.json"
-SIZE, BATCH, ROUNDS, QUALITY = 224, 64, 7, 90
-TOKENIZER = Tokenizer()
-WORDS = "a the two young brown dog man woman runs jumps through over green grass red ball while wearing shirt"
-
-
-def shard(pictures: Path, out: Path, count: int, negatives: int) -> Path:
-    """A shard of `count` pictures of 512 x 384 with a Flickr-like caption and so many negatives each."""
-    words, draw = WORDS.split(), np.random.default_rng(0)
-
-    def sentence() -> str:
-        return " ".join(draw.choice(words, 11)) + " ."
-
-    def samples() -> Iterator[Sample]:
-        with tarfile.open(pictures) as tar:
-            names = [m for m in tar.getmembers() if m.name.endswith(".jpg")]
-            for i in range(count):
-                file: Any = tar.extractfile(names[i % len(names)])
-                buffer = io.BytesIO()
-                picture = Image.open(file).convert("RGB").resize((512, 384), Image.Resampling.BICUBIC)
-                picture.save(buffer, "JPEG", quality=QUALITY)
-                extra = {"negatives": [[{"text": sentence(), "kind": "x"} for _ in range(negatives)]]}
-                yield Sample(f"{i:06d}", buffer.getvalue(), "jpg", [sentence()], extra)
-
-    path = out / f"{negatives}.tar"
-    write_shard(samples(), path)
-    return path
-
-
-def peer(shard: Path) -> Iterator[Any]:
-    """open_clip 3.3's training pipeline: picture, caption, batch."""
-    transform = open_clip.image_transform(SIZE, is_train=True)
-    tokenizer = open_clip.SimpleTokenizer()
-    return iter(
-        webdataset.DataPipeline(
-            webdataset.SimpleShardList([str(shard)]),
-            webdataset.tarfile_to_samples(),
-            webdataset.decode("pilrgb"),
-            webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
-            webdataset.map_dict(image=transform, text=lambda text: tokenizer(text, context_length=77)[0]),
-            webdataset.to_tuple("image", "text"),
-            webdataset.batched(BATCH, partial=False),
-        )
-    )
-
-
-def ours(shard: Path, negatives: int = 0) -> Iterator[Any]:
-    """clipkit's loader."""
-    index = Index.load(shard)
-    plan, data = Plan(index, batch_size=BATCH), DataConfig(workers=0, negatives=negatives)
-    loader = Loader(index, plan, data=data, preprocess=Preprocess(SIZE), tokenizer=TOKENIZER, seed=0)
-    return loader.steps(0, plan.batches)
-
-
-def cpu_ms(run: Callable[[], Iterator[Any]], samples: int) -> float:
-    """CPU milliseconds a sample of one pass."""
-    began = time.process_time()
-    for _ in run():
-        pass
-    return (time.process_time() - began) / samples * 1e3
+SIZES = [(341, 256), (640, 480), (1024, 768)]
+Table = dict[str, dict[str, Any]]
 
 
 def stages() -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
@@ -124,6 +65,16 @@ def stages() -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
     }
 
 
+def by_stage(rows: list[tuple[Any, ...]]) -> Table:
+    """CPU milliseconds of each stage, the best of the rounds."""
+    parts: Table = {}
+    for name, pair in stages().items():
+        best = [min(cpu_ms(lambda call=call: map(call, rows), len(rows)) for _ in range(ROUNDS)) for call in pair]
+        parts[name] = {"open_clip_ms": round(best[0], 4), "clipkit_ms": round(best[1], 4)}
+        parts[name]["ratio"] = round(best[0] / best[1], 2)
+    return parts
+
+
 def rows_of(shard: Path, count: int) -> list[tuple[Any, ...]]:
     """(bytes, PIL picture, pixels, caption, five captions) of the first pairs."""
     index = Index.load(shard)
@@ -137,46 +88,84 @@ def rows_of(shard: Path, count: int) -> list[tuple[Any, ...]]:
     return rows
 
 
-def distance(rows: list[tuple[Any, ...]]) -> tuple[int, float]:
-    """(largest, mean) difference in levels between clipkit's pixels and Pillow's bicubic, over whole pictures."""
-    largest, total = 0, []
-    for data, picture, *_ in rows:
-        found = resize(read_pixels(data), SIZE, SIZE, "bicubic").permute(1, 2, 0).numpy().astype(int)
-        off = np.abs(found - np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int))
-        largest, total = max(largest, int(off.max())), [*total, off.mean()]
-    return largest, float(np.mean(total))
+def exact_distance(rows: list[tuple[Any, ...]]) -> dict[str, float]:
+    """clipkit's pixels against Pillow's bicubic, over whole pictures."""
+    found = [resize(read_pixels(data), SIZE, SIZE, "bicubic") for data, *_ in rows]
+    return levels(found, [picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for _, picture, *_ in rows])
+
+
+def scaled_distance(shard: Path, count: int) -> dict[str, float]:
+    """Scaled decoding against Pillow's bicubic of the same box, whose edges are where the small picture has its own."""
+    index = Index.load(shard)
+    found, expected = [], []
+    for id in range(count):
+        data = index.read(id)["jpg"]
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        view = random_view(picture.height, picture.width, SIZE, 0.9, "crop", id)
+        factor, box = view.reduction(), view.reduced(view.reduction())
+        sides = (box.left, box.top, box.left + box.width, box.top + box.height)
+
+        def view_of(_height: int, _width: int, view: View = view) -> View:
+            return view
+
+        found.append(decode_view(data, view_of, Preprocess(SIZE), scaled=True))
+        cut = picture.crop(tuple(factor * side for side in sides))
+        expected.append(cut.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return levels(found, expected)
+
+
+def levels(found: list[torch.Tensor], expected: list[Image.Image]) -> dict[str, float]:
+    """Largest and mean difference."""
+    off = [np.abs(a.permute(1, 2, 0).numpy().astype(int) - np.asarray(b)) for a, b in zip(found, expected)]
+    return {"largest": max(int(one.max()) for one in off), "mean": round(float(np.mean(off)), 5)}
+
+
+def rated(times: dict[str, float], base: str) -> Table:
+    """Milliseconds and how many times as fast as `base`."""
+    return {name: {"cpu_ms": round(ms, 3), "ratio": round(times[base] / ms, 2)} for name, ms in times.items()}
+
+
+def whole_pipeline(pictures: Path, folder: Path, samples: int) -> tuple[Path, Path, Table]:
+    """The shards with and without negatives, and the pipelines over them, also over the same pictures made smaller."""
+    one, five = (shard(pictures, folder, samples, k) for k in (0, 4))
+    reshard(one, folder / "small", short_side=256, progress=False)
+    runs = {
+        "open_clip, 1 caption": lambda: peer(one),
+        "clipkit, 1 caption": lambda: ours(one),
+        "clipkit, caption and 4 negatives": lambda: ours(five, negatives=4),
+        "clipkit, resharded to a short side of 256": lambda: ours(folder / "small"),
+        "floor: bare decode and resize": floor(one),
+    }
+    return one, five, rated(medians(runs, samples), "open_clip, 1 caption")
+
+
+def by_size(pictures: Path, folder: Path, samples: int) -> Table:
+    """open_clip, clipkit and clipkit with scaled decoding on pictures of other sizes."""
+    table: Table = {}
+    for width, height in SIZES:
+        one = shard(pictures, folder, samples, 0, width, height)
+        runs = {
+            "open_clip": lambda one=one: peer(one),
+            "exact": lambda one=one: ours(one),
+            "scaled": lambda one=one: ours(one, decode="scaled"),
+        }
+        row = rated(medians(runs, samples), "open_clip")
+        row["scaled, levels off Pillow's bicubic"] = scaled_distance(one, min(200, samples))
+        table[f"{width} x {height}"] = row
+        one.unlink()
+    return table
 
 
 def main(pictures: str, samples: int = 512) -> None:
     """Measure, print, write."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        one, five = (shard(Path(pictures), Path(folder), samples, k) for k in (0, 4))
-        runs = {
-            "open_clip, 1 caption": lambda: peer(one),
-            "clipkit, 1 caption": lambda: ours(one),
-            "clipkit, caption and 4 negatives": lambda: ours(five, 4),
-        }
-        for run in runs.values():
-            cpu_ms(run, samples)
-        times = {name: [] for name in runs}
-        for _ in range(ROUNDS):
-            for name, run in runs.items():
-                times[name].append(cpu_ms(run, samples))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        one, five, pipeline = whole_pipeline(Path(pictures), folder, samples)
         rows = rows_of(five, min(200, samples))
-        parts = {}
-        for name, pair in stages().items():
-            best = [min(cpu_ms(lambda call=call: map(call, rows), len(rows)) for _ in range(ROUNDS)) for call in pair]
-            parts[name] = {"open_clip_ms": round(best[0], 4), "clipkit_ms": round(best[1], 4)}
-            parts[name]["ratio"] = round(best[0] / best[1], 2)
-        largest, mean = distance(rows)
-        size = sum(len(row[0]) for row in rows) / len(rows)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["open_clip, 1 caption"]
-    pipeline = {name: {"cpu_ms": round(m, 3), "ratio": round(base / m, 2)} for name, m in medians.items()}
-    for name, row in (pipeline | parts).items():
-        print(f"{name:36}" + "".join(f"{column} {value}   " for column, value in row.items()))
-    print(f"pixels against Pillow: {largest} level at most, {mean:.4f} on average; {size / 1e3:.0f} kB a picture")
+        sizes = by_size(Path(pictures), folder, samples // 2)
+        memory = {"MiB over an epoch": epoch(one, folder / "many"), "word cache": caches()}
+    above = pipeline["clipkit, 1 caption"]["cpu_ms"] / pipeline["floor: bare decode and resize"]["cpu_ms"]
     result = {
         "date": str(date.today()),
         "hardware": f"{processor()}, {os.cpu_count()} cores",
@@ -185,14 +174,19 @@ def main(pictures: str, samples: int = 512) -> None:
             "torch": torch.__version__,
             "open_clip": open_clip.__version__,
             "webdataset": webdataset.__version__,
+            "pillow": __version__,
         },
-        "picture": f"512 x 384, {size / 1e3:.0f} kB",
+        "picture": f"512 x 384, {sum(len(row[0]) for row in rows) / len(rows) / 1e3:.0f} kB",
         "rounds": ROUNDS,
         "whole pipeline, CPU a sample": pipeline,
-        "stages": parts,
-        "levels off Pillow's bicubic": {"largest": largest, "mean": round(mean, 5)},
+        "whole pipeline over its floor": round(above, 3),
+        "sizes": sizes,
+        "stages": by_stage(rows),
+        "levels off Pillow's bicubic": exact_distance(rows),
+        "memory": memory,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(RESULT.read_text())
 
 
 if __name__ == "__main__":

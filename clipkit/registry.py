@@ -86,7 +86,9 @@ def settings_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-_OBJECTIVE = ("contrast", "grounding", "distill", "sigmoid")
+_OBJECTIVE = (
+    "contrast", "grounding", "distill", "sigmoid", "weighted", "groups", "ranking", "synthetic", "views", "uniformity",
+)  # fmt: skip
 TERMS = Registry("term", tuple(f"clipkit.objective.{m}" for m in _OBJECTIVE))
 RULES = Registry("rule", ("clipkit.negatives.rules",))
 SOURCES = Registry("source", ("clipkit.data.sources", "clipkit.data.abstract_scenes"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from clipkit.model.embeddings import Embeddings
@@ -30,7 +30,7 @@ def infonce(z: Embeddings, *, negatives: Negatives = "all", mask_same_group: boo
     pair = torch.eye(n, logits.shape[1], dtype=torch.bool, device=logits.device)
     image_rows = contrast_rows(logits, pair, log_weights=log_mask(keep))
     text_rows = contrast_rows(logits[:, :n].T, pair[:, :n], log_weights=log_mask(keep[:, :n].T))
-    return (mean_rows(image_rows) + mean_rows(text_rows)) / 2
+    return both_ways([image_rows, text_rows])
 
 
 def captions(
@@ -40,8 +40,7 @@ def captions(
 
     A negative caption says something false of its own picture, so one of the same group stays a negative.
     """
-    keep = torch.eye(len(z), dtype=torch.bool, device=z.image.device)
-    keep = keep | (z.group[:, None] != z.group) if mask_same_group else torch.ones_like(keep)
+    keep = visible(z, mask_same_group)
     table, valid = z.negatives
     if negatives == "none":
         table, valid = table[:, :0], valid[:, :0]
@@ -50,3 +49,34 @@ def captions(
     else:
         hard = similarity(z.image[:, None], table)[:, 0]
     return z.scale * torch.cat([similarity(z.image, z.text), hard], 1), torch.cat([keep, valid], 1)
+
+
+def visible(z: Embeddings, mask_same_group: bool) -> Bool[Tensor, "n n"]:
+    """Which pairs' captions and pictures a pair is compared with: its own, and all but those of its own picture."""
+    pair = torch.eye(len(z), dtype=torch.bool, device=z.image.device)
+    return pair | (z.group[:, None] != z.group) if mask_same_group else torch.ones_like(pair)
+
+
+Side = tuple[Float[Tensor, "n c"], Bool[Tensor, "n c"]]
+OtherSide = tuple[Float[Tensor, "n n"], Bool[Tensor, "n n"]]
+
+
+def sides(z: Embeddings, mask_same_group: bool, negatives: Negatives = "none") -> tuple[Side, OtherSide]:
+    """Scaled logits and who is seen, once with images as rows (as `captions`), once with captions as rows.
+
+    Each row's own pair is on the diagonal.
+    """
+    n = len(z)
+    logits, keep = captions(z, negatives, mask_same_group)
+    return (logits, keep), (logits[:, :n].T, keep[:, :n].T)
+
+
+def diagonal(like: Shaped[Tensor, "n c"]) -> Bool[Tensor, "n c"]:
+    """Marks each row's own pair in a table of this shape."""
+    return torch.eye(*like.shape, dtype=torch.bool, device=like.device)
+
+
+def both_ways(rows: list[Float[Tensor, " n"]]) -> Float[Tensor, ""]:
+    """Half the sum of the two sides' means."""
+    images, captions = rows
+    return (mean_rows(images) + mean_rows(captions)) / 2

@@ -21,13 +21,14 @@ def distill(z: Embeddings, *, reference_batch: Positive = 256) -> Float[Tensor, 
     DeGLA sums over its batch of 256; the mean times `reference_batch` keeps its weight right at any batch size.
     """
     teacher = z.frozen_teacher()
-    rows = _squared(z.image, teacher.image) + _squared(z.text, teacher.text)
+    rows = squared_distance(z.image, teacher.image) + squared_distance(z.text, teacher.text)
     if z.negative_text is not None:
         if teacher.negative_text is None:
             raise UserError("distill: the teacher has no negative_text beside the student's; embed the negatives too")
-        rows = rows + _squared(z.negative_text, teacher.negative_text).masked_fill(~z.negatives[1], 0.0).sum(1)
+        rows = rows + squared_distance(z.negative_text, teacher.negative_text).masked_fill(~z.negatives[1], 0.0).sum(1)
     return reference_batch * rows.mean()
 
 
-def _squared(x: Float[Tensor, "*n d"], target: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+def squared_distance(x: Float[Tensor, "*n d"], target: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+    """Row by row, in full precision."""
     return (full(x) - full(target)).square().sum(-1)

@@ -1,15 +1,16 @@
-"""Contrast inside a pair: an anchor, its own caption and that caption's own negatives."""
+"""Contrast with negative captions: an anchor, its own caption and that caption's negatives."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clipkit.config import Share
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import contrast_rows, full, log_mask, mean_rows, similarity
 from clipkit.registry import term
@@ -21,27 +22,82 @@ def igc(z: Embeddings) -> Float[Tensor, ""]:
 
     mean_i -log( e^{s v_i·t_i} / (e^{s v_i·t_i} + Σ_k e^{s v_i·n_ik}) )     over pairs with a valid negative
     """
-    return _own_negatives(z, z.image, z.text, z.scale)
+    negatives, valid = z.negatives
+    return _mean(z.scale * _cosines(z.image, z.text, negatives), valid)
 
 
 @term(needs=("negative_text", "teacher"))
-def tgc(z: Embeddings, *, scale: Annotated[float, Field(gt=0.0)] = 10.0) -> Float[Tensor, ""]:
+def tgc(
+    z: Embeddings, *, scale: Annotated[float, Field(gt=0.0)] = 10.0, mask: Literal["own", "repeat"] = "own"
+) -> Float[Tensor, ""]:
     """Text-grounded contrast: each caption against its teacher's embedding and its negatives. DeGLA, arXiv 2504.16801.
 
         mean_i -log( e^{c t_i·t*_i} / (e^{c t_i·t*_i} + Σ_k e^{c t_i·n_ik}) )     over pairs with a valid negative
 
-    `scale` is the fixed factor c. The negatives are the pair's own; the released code's mask picks other pairs'.
+    `scale` is the fixed factor c. With `mask: repeat`, the released code's mistake for those who reproduce its figures,
+    row i takes the entries i, i + n, i + 2n ... of the negatives laid out pair by pair: nearly always other pairs'.
     """
-    return _own_negatives(z, z.text, z.frozen_teacher().text, scale)
-
-
-def _own_negatives(
-    z: Embeddings, anchor: Float[Tensor, "n d"], positive: Float[Tensor, "n d"], scale: Tensor | float
-) -> Float[Tensor, ""]:
     negatives, valid = z.negatives
+    if mask == "repeat":
+        n, k = valid.shape
+        negatives = negatives.flatten(0, 1).unflatten(0, (k, n)).transpose(0, 1)
+        valid = valid.flatten().unflatten(0, (k, n)).T
+    return _mean(scale * _cosines(z.text, z.frozen_teacher().text, negatives), valid)
+
+
+@term(needs="negative_text")
+def imc(z: Embeddings, *, negatives: Literal["all", "own"] = "all") -> Float[Tensor, ""]:
+    """Intra-modal contrast: each caption against its picture and negative captions. CE-CLIP, arXiv 2306.08832.
+
+        mean_i -log( e^{s v_i·t_i} / (e^{s v_i·t_i} + Σ_n e^{s t_i·n}) )     over pairs with a negative
+
+    n runs over the negatives of `all` pairs, as first released, or of the pair itself (`own`). A later release lost the
+    positive and drew every caption to one negative.
+    """
+    table, valid = z.negatives
+    if negatives == "own":
+        return _mean(z.scale * _cosines(z.text, z.image, table), valid)
+    own = similarity(z.text[:, None], z.image[:, None])[:, 0]
+    cosines = torch.cat([own, similarity(z.text, table.flatten(0, 1))], 1)
+    return _mean(z.scale * cosines, valid.flatten().expand(len(z), -1))
+
+
+@term(needs="negative_text")
+def fsc_global(
+    z: Embeddings, *, gamma: Annotated[float, Field(ge=0.0)] = 2.0, smoothing: Share = 0.02
+) -> Float[Tensor, ""]:
+    """`igc` with focal weights and smoothed labels. FSC-CLIP's global hard-negative loss, arXiv 2410.05210.
+
+        mean_i Σ_k y_ik (1 - p_ik)^gamma -log p_ik      p_i = softmax(s v_i·[t_i; n_i1; ...])
+        y_ik = (1 - smoothing) 1[k = 0] + smoothing / (1 + K_i)      over the caption and its K_i valid negatives
+
+    Over pairs with a valid negative. The released code left negatives that do not exist in the softmax, with logit 0.
+    """
+    negatives, valid = z.negatives
+    logits = z.scale * _cosines(z.image, z.text, negatives)
+    keep = pad(valid, (1, 0), value=True).to(logits.dtype)
+    targets = smoothing * keep / keep.sum(1, keepdim=True)
+    targets[:, 0] += 1 - smoothing
+    return _mean(logits, valid, targets, gamma)
+
+
+def _cosines(
+    anchor: Float[Tensor, "n d"], positive: Float[Tensor, "n d"], negatives: Float[Tensor, "n k d"]
+) -> Float[Tensor, "n c"]:
+    """Each anchor with its positive, then with its negatives."""
     candidates = torch.cat([full(positive)[:, None], full(negatives)], 1)
-    logits = scale * similarity(anchor[:, None], candidates)[:, 0]
+    return similarity(anchor[:, None], candidates)[:, 0]
+
+
+def _mean(
+    logits: Float[Tensor, "n c"],
+    valid: Bool[Tensor, "n k"],
+    targets: Float[Tensor, "n c"] | None = None,
+    gamma: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Mean over the rows with a valid negative; the positive is the first candidate and, by default, the target."""
     first = torch.zeros_like(logits, dtype=torch.bool)
     first[:, 0] = True
-    rows = contrast_rows(logits, first, log_weights=log_mask(pad(valid, (1, 0), value=True)))
+    keep = log_mask(pad(valid, (1, 0), value=True))
+    rows = contrast_rows(logits, first if targets is None else targets, log_weights=keep, gamma=gamma)
     return mean_rows(rows, counted=valid.any(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkit.model.embeddings import Embeddings
+from clipkit.objective import build
 
 EVERY_TERM: dict[str, dict[str, Any]] = {
     "infonce": {},
@@ -21,12 +23,54 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "siglip": {},
     "siglip own": {"negatives": "own"},
     "siglip all": {"negatives": "all", "mask_same_group": False},
+    "siglip group": {"positives": "group"},
+    "dcl": {},
+    "dcl weighted": {"sigma": 0.5},
+    "dcl within": {"within": True, "sigma": 2.0},
+    "hn_nce": {},
+    "hn_nce detached": {"alpha": 0.9, "beta": 0.25, "detach_weights": True},
+    "hn_nce decoupled": {"alpha": 0.0, "beta": 0.3},
+    "tcl": {},
+    "tcl within": {"within": True, "log_k1": 2.0, "log_k2": -0.5},
+    "tcl all": {"negatives": "all", "within": True, "log_k1": -inf},
+    "tcl own": {"negatives": "own", "log_k1": 1.0, "log_k2": 0.5},
+    "cwcl": {},
+    "cwcl text": {"frozen": "text", "power": 3.0},
+    "gist": {},
+    "gist own": {"negatives": "own", "margin": 0.1},
+    "gist all": {"negatives": "all", "margin": 0.2, "relative": True},
+    "rank": {},
+    "rank fixed": {"least": 4.0, "most": 4.0},
+    "imc": {},
+    "imc own": {"negatives": "own"},
+    "fsc_global": {},
+    "fsc_global plain": {"gamma": 0.0, "smoothing": 0.3},
+    "tic": {},
+    "tic few": {"top": 2, "cap": 0.4},
+    "triplet": {},
+    "macl": {},
+    "macl cool": {"alpha": -0.6, "a0": 0.2},
+    "mv_infonce": {},
+    "mv_dhel": {},
+    "one_to_k": {},
+    "m2_mix": {"scale": 12.0},
+    "m2_mix given": {"scale": 8.0, "lam": 0.3},
+    "gcl": {},
+    "alignment": {},
+    "alignment cubed": {"alpha": 3.0},
+    "uniformity": {},
+    "uniformity wide": {"t": 0.5, "mask_same_group": False},
 }
 
 
 def named(case: str) -> str:
     """The term of a case."""
     return case.partition(" ")[0]
+
+
+def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
+    """A term with these settings, made for this one call."""
+    return build(name, settings)(z)
 
 
 def table(a: float, n: int, d: int = 8) -> Tensor:
@@ -61,18 +105,27 @@ def ragged(n: int = 8, k: int = 3, d: int = 6, seed: int = 0) -> Embeddings:
         image=unit(g, n, d),
         text=unit(g, n, d),
         negative_text=unit(g, n, k, d),
+        negative_image=unit(g, n, k, d),
         valid=valid,
         id=torch.arange(n),
         group=group,
+        relevance=(torch.arange(n) % 4 + 1) / 4,
         scale=torch.tensor([9.0], dtype=torch.float64),
         bias=torch.tensor([-3.0], dtype=torch.float64),
         teacher=Embeddings(unit(g, n, d), unit(g, n, d), unit(g, n, k, d)),
     )
 
 
+def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
+    """Perfect pairs; negatives, captions and pictures, orthogonal to all but each other's partner."""
+    basis = torch.eye(n + n * k, dtype=torch.float64)
+    made = basis[n:].reshape(n, k, -1)
+    return Embeddings(basis[:n], basis[:n], made, made, scale=scale, teacher=Embeddings(basis[:n], basis[:n], made))
+
+
 def leaves(z: Embeddings, *, teacher: bool = False) -> list[Tensor]:
     """Make every table (and scale and bias) a leaf with gradient; returns them. With `teacher`, the teacher's too."""
-    tables = [z.image, z.text, z.negative_text, z.scale, z.bias]
+    tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image]
     if teacher and z.teacher:
         tables += [z.teacher.image, z.teacher.text, z.teacher.negative_text]
     return [x.requires_grad_() for x in tables if isinstance(x, Tensor)]

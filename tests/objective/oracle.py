@@ -29,7 +29,11 @@ class Pairs:
         assert z.negative_text is not None and z.valid is not None
         self.v, self.t = z.image.tolist(), z.text.tolist()
         self.n = [[x for x, ok in zip(r, o) if ok] for r, o in zip(z.negative_text.tolist(), z.valid.tolist())]
-        self.group, self.scale = z.group.tolist(), float(z.scale)
+        self.id, self.group, self.scale = z.id.tolist(), z.group.tolist(), float(z.scale)
+        self.relevance = [] if z.relevance is None else z.relevance.tolist()
+        if z.negative_image is not None:
+            made = zip(z.negative_image.tolist(), z.valid.tolist())
+            self.made = [[x for x, ok in zip(r, o) if ok] for r, o in made]
         self.bias = 0.0 if z.bias is None else float(z.bias)
         self.rows = range(len(self.v))
         if z.teacher is not None:
@@ -40,6 +44,9 @@ class Pairs:
 
     def rivals(self, i: int, mask_same_group: bool) -> list[int]:
         return [j for j in self.rows if j != i and not (mask_same_group and self.group[j] == self.group[i])]
+
+    def alike(self, i: int) -> list[int]:
+        return [j for j in self.rows if self.group[j] == self.group[i]]
 
     def negatives(self, i: int, which: str) -> list[Vector]:
         owners = {"all": list(self.rows), "own": [i], "none": []}[which]
@@ -83,16 +90,237 @@ def distill(p: Pairs, reference_batch: int = 256) -> float:
     return reference_batch * total / len(p.rows)
 
 
-def siglip(p: Pairs, negatives: str = "none", mask_same_group: bool = True) -> float:
+def siglip(p: Pairs, positives: str = "pair", negatives: str = "none", mask_same_group: bool = True) -> float:
     total = 0.0
     for i in p.rows:
-        total += math.log(1 + math.exp(-(p.scale * dot(p.v[i], p.t[i]) + p.bias)))
-        texts = [p.t[j] for j in p.rivals(i, mask_same_group)] + p.negatives(i, negatives)
+        own = p.alike(i) if positives == "group" else [i]
+        others = p.rivals(i, mask_same_group or positives == "group")
+        total += sum(math.log(1 + math.exp(-(p.scale * dot(p.v[i], p.t[j]) + p.bias))) for j in own)
+        texts = [p.t[j] for j in others] + p.negatives(i, negatives)
         total += sum(math.log(1 + math.exp(p.scale * dot(p.v[i], x) + p.bias)) for x in texts)
     return total / len(p.rows)
 
 
-TERMS = {f.__name__: f for f in (infonce, igc, tgc, distill, siglip)}
+def both(p: Pairs) -> list[tuple[list[Vector], list[Vector]]]:
+    return [(p.v, p.t), (p.t, p.v)]
+
+
+def log_sum(logits: list[float]) -> float:
+    return math.log(sum(math.exp(x) for x in logits))
+
+
+def dcl(p: Pairs, sigma: float | None = None, within: bool = False, mask_same_group: bool = True) -> float:
+    n, pairs, total = len(p.rows), [dot(v, t) for v, t in zip(p.v, p.t)], 0.0
+    for i in p.rows:
+        weight = 2 - n * math.exp(pairs[i] / sigma) / sum(math.exp(x / sigma) for x in pairs) if sigma else 1.0
+        rivals = p.rivals(i, mask_same_group)
+        for anchor, other in both(p):
+            against = [other[j] for j in rivals] + ([anchor[j] for j in rivals] if within else [])
+            total += -weight * p.scale * pairs[i] + log_sum([p.scale * dot(anchor[i], x) for x in against])
+    return total / (2 * n)
+
+
+def hn_nce(
+    p: Pairs, alpha: float = 1.0, beta: float = 0.5, detach_weights: bool = False, mask_same_group: bool = True
+) -> float:
+    total = 0.0
+    for i in p.rows:
+        for anchor, other in both(p):
+            pair = math.exp(p.scale * dot(anchor[i], other[i]))
+            logits = [p.scale * dot(anchor[i], other[j]) for j in p.rivals(i, mask_same_group)]
+            norm = sum(math.exp(beta * x) for x in logits)
+            weighted = sum(len(logits) * math.exp(beta * x) / norm * math.exp(x) for x in logits)
+            total += -math.log(pair / (alpha * pair + weighted))
+    return total / (2 * len(p.rows))
+
+
+def tcl(
+    p: Pairs, log_k1: float = math.log(5000), log_k2: float = 0.0, within: bool = False, negatives: str = "none"
+) -> float:
+    total = 0.0
+    for side, (anchor, other) in enumerate(both(p)):
+        for i in p.rows:
+            positive = [dot(anchor[i], other[j]) for j in p.alike(i)]
+            negative = [dot(anchor[i], other[j]) for j in p.rivals(i, True)]
+            if within:
+                positive += [dot(anchor[i], anchor[j]) for j in p.alike(i) if j != i]
+                negative += [dot(anchor[i], anchor[j]) for j in p.rivals(i, True)]
+            if within or side == 0:
+                negative += [dot(anchor[i], x) for x in p.negatives(i, negatives)]
+            below = sum(math.exp(p.scale * x) + math.exp(log_k1 - x) for x in positive)
+            below += sum(math.exp(log_k2 + p.scale * x) for x in negative)
+            total -= sum(p.scale * x - math.log(below) for x in positive) / len(positive)
+    return total / (2 * len(p.rows))
+
+
+def cwcl(p: Pairs, frozen: str = "image", power: float = 1.0, mask_same_group: bool = True) -> float:
+    u, q = (p.v, p.t) if frozen == "image" else (p.t, p.v)
+    total = 0.0
+    for i in p.rows:
+        weights = [((1 + dot(u[i], u[j])) / 2) ** power for j in p.rows]
+        logits = [p.scale * dot(u[i], q[j]) for j in p.rows]
+        total -= sum(w * (x - log_sum(logits)) for w, x in zip(weights, logits)) / sum(weights)
+        rivals = [p.scale * dot(q[i], u[j]) for j in p.rivals(i, mask_same_group)]
+        total += cross_entropy(p.scale * dot(q[i], u[i]), rivals)
+    return total / (2 * len(p.rows))
+
+
+def gist(
+    p: Pairs, margin: float = 0.0, relative: bool = False, negatives: str = "none", mask_same_group: bool = True
+) -> float:
+    total = 0.0
+    for i in p.rows:
+        own = dot(p.v_star[i], p.t_star[i])
+        most = (1 - margin) * own if relative else own - margin
+        pair, rivals = p.scale * dot(p.v[i], p.t[i]), p.rivals(i, mask_same_group)
+        texts = [(p.t[j], p.t_star[j]) for j in rivals]
+        owners = {"all": list(p.rows), "own": [i], "none": []}[negatives]
+        texts += [both for j in owners for both in zip(p.n[j], p.n_star[j])]
+        total += cross_entropy(
+            pair, [p.scale * dot(p.v[i], x) for x, guide in texts if dot(p.v_star[i], guide) <= most]
+        )
+        pictures = [j for j in rivals if dot(p.t_star[i], p.v_star[j]) <= most]
+        total += cross_entropy(pair, [p.scale * dot(p.t[i], p.v[j]) for j in pictures])
+    return total / (2 * len(p.rows))
+
+
+def macl(p: Pairs, alpha: float = 0.5, a0: float = 0.0, mask_same_group: bool = True) -> float:
+    aligned = sum(dot(v, t) for v, t in zip(p.v, p.t)) / len(p.rows)
+    scale, total = p.scale / (1 + alpha * (aligned - a0)), 0.0
+    for i in p.rows:
+        for anchor, other in both(p):
+            rivals = [scale * dot(anchor[i], other[j]) for j in p.rivals(i, mask_same_group)]
+            row = cross_entropy(scale * dot(anchor[i], other[i]), rivals)
+            total += row / (1 - math.exp(-row))
+    return total / (2 * len(p.rows))
+
+
+def gcl(p: Pairs, mask_same_group: bool = True) -> float:
+    total = 0.0
+    for i in p.rows:
+        for anchor, other in both(p):
+            rivals = [p.scale * dot(anchor[i], other[j]) for j in p.rivals(i, mask_same_group)]
+            total += p.relevance[i] * cross_entropy(p.scale * dot(anchor[i], other[i]), rivals)
+    return total / (2 * len(p.rows))
+
+
+def one_to_k(p: Pairs) -> float:
+    total = 0.0
+    for i in p.rows:
+        logits = [p.scale * dot(p.v[i], t) for t in p.t]
+        total -= sum(logits[j] - log_sum(logits) for j in p.alike(i)) / len(p.alike(i))
+        pictures = sum(math.exp(p.scale * dot(p.t[i], p.v[j])) / len(p.alike(j)) for j in p.rows)
+        total -= p.scale * dot(p.t[i], p.v[i]) - math.log(pictures)
+    return total / (2 * len(p.rows))
+
+
+def rank(p: Pairs, least: float = 0.0, most: float = 10.0) -> float:
+    margin = min(max(0.0, least), most)
+    hinges = [
+        max(0.0, margin + p.scale * dot(p.v[i], x) - p.scale * dot(p.v[i], p.t[i])) for i in p.rows for x in p.n[i]
+    ]
+    return sum(hinges) / len(hinges)
+
+
+def imc(p: Pairs, negatives: str = "all") -> float:
+    rows = [
+        cross_entropy(p.scale * dot(p.v[i], p.t[i]), [p.scale * dot(p.t[i], x) for x in p.negatives(i, negatives)])
+        for i in p.rows
+        if p.negatives(i, negatives)
+    ]
+    return sum(rows) / len(rows)
+
+
+def fsc_global(p: Pairs, gamma: float = 2.0, smoothing: float = 0.02) -> float:
+    rows = []
+    for i in p.rows:
+        if p.n[i]:
+            logits = [p.scale * dot(p.v[i], x) for x in [p.t[i], *p.n[i]]]
+            row = 0.0
+            for k, x in enumerate(logits):
+                log_p = x - log_sum(logits)
+                target = smoothing / len(logits) + (1 - smoothing if k == 0 else 0.0)
+                row -= target * (1 - math.exp(log_p)) ** gamma * log_p
+            rows.append(row)
+    return sum(rows) / len(rows)
+
+
+def tic(p: Pairs, top: int = 10, cap: float = 0.95, mask_same_group: bool = True) -> float:
+    rows = []
+    for i in p.rows:
+        cosines = [dot(p.t[i], p.t[j]) for j in p.rivals(i, mask_same_group)]
+        nearest = sorted((x for x in cosines if x <= cap), reverse=True)[:top]
+        if nearest:
+            rows.append(log_sum(nearest))
+    return sum(rows) / len(rows)
+
+
+def triplet(p: Pairs, mask_same_group: bool = True) -> float:
+    made = [(v, t) for i in p.rows for v, t in zip(p.made[i], p.n[i])]
+    total = 0.0
+    for i, (image, text) in enumerate(made):
+        others = [pair for j, pair in enumerate(made) if j != i]
+        logits = [p.scale * dot(image, x) for x in [t for _, t in others] + p.t]
+        total += cross_entropy(p.scale * dot(image, text), logits)
+        total += cross_entropy(p.scale * dot(image, text), [p.scale * dot(text, v) for v, _ in others])
+    return infonce(p, "all", mask_same_group) + total / (2 * len(made))
+
+
+def m2_mix(p: Pairs, scale: float = 100.0, lam: float | None = None, mask_same_group: bool = True) -> float:
+    if lam is None:
+        lam = math.sin(math.pi / 2 * (sum(p.id) * 2654435761 % 2**32) / 2**32) ** 2
+    mixed = []
+    for v, t in zip(p.v, p.t):
+        angle = math.acos(dot(v, t))
+        a, b = math.sin(lam * angle) / math.sin(angle), math.sin((1 - lam) * angle) / math.sin(angle)
+        mixed.append([a * x + b * y for x, y in zip(v, t)])
+    total = 0.0
+    for i in p.rows:
+        for anchor, other in both(p):
+            rivals = [scale * dot(anchor[i], mixed[j]) for j in p.rivals(i, mask_same_group)]
+            total += cross_entropy(scale * dot(anchor[i], other[i]), rivals)
+    return total / len(p.rows)
+
+
+def mv_infonce(p: Pairs, mask_same_group: bool = True) -> float:
+    total = 0.0
+    for i in p.rows:
+        every = [i, *p.rivals(i, mask_same_group)]
+        pairs = sum(math.exp(p.scale * dot(a[i], b[i])) for a, b in both(p))
+        total -= math.log(pairs / sum(math.exp(p.scale * dot(a[i], b[j])) for a, b in both(p) for j in every))
+    return total / len(p.rows)
+
+
+def mv_dhel(p: Pairs, mask_same_group: bool = True) -> float:
+    total = 0.0
+    for i in p.rows:
+        total -= math.log(sum(math.exp(p.scale * dot(a[i], b[i])) for a, b in both(p)))
+        for view in (p.v, p.t):
+            total += log_sum([p.scale * dot(view[i], view[j]) for j in p.rivals(i, mask_same_group)])
+    return total / len(p.rows)
+
+
+def alignment(p: Pairs, alpha: float = 2.0) -> float:
+    return sum(math.sqrt(squared_distance(v, t)) ** alpha for v, t in zip(p.v, p.t)) / len(p.rows)
+
+
+def uniformity(p: Pairs, t: float = 2.0, mask_same_group: bool = True) -> float:
+    total = 0.0
+    for x in (p.v, p.t):
+        energies = [
+            math.exp(-t * squared_distance(x[i], x[j])) for i in p.rows for j in p.rivals(i, mask_same_group) if i < j
+        ]
+        total += math.log(sum(energies) / len(energies))
+    return total / 2
+
+
+TERMS = {
+    f.__name__: f
+    for f in (
+        infonce, igc, tgc, distill, siglip, dcl, hn_nce, tcl, cwcl, gist, macl, gcl, one_to_k, rank, imc, fsc_global,
+        tic, triplet, m2_mix, mv_infonce, mv_dhel, alignment, uniformity,
+    )
+}  # fmt: skip
 
 
 def term(name: str, z: Embeddings, settings: dict[str, Any]) -> float:

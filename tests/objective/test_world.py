@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective import TERMS, objective
-from tests.objective.cases import EVERY_TERM, leaves, named, ragged
+from clipkit.objective import objective
+from tests.objective.cases import EVERY_TERM, leaves, named, ragged, run
 from tests.ranks import run_ranks
 
 MIXED = {"infonce": {}, "igc": {"weight": 0.1}, "tgc": {"weight": 0.1}, "distill": {"weight": 0.005}, "siglip": {}}
@@ -28,7 +28,7 @@ def share(z: Embeddings, rank: int, world: int) -> Embeddings:
 
 def loss_of(case: str, z: Embeddings) -> Tensor:
     """One case of one term, or a whole objective."""
-    return objective(z, MIXED)[0] if case == "objective" else TERMS[named(case)](z, **EVERY_TERM[case])
+    return objective(z, MIXED)[0] if case == "objective" else run(named(case), z, **EVERY_TERM[case])
 
 
 def measured(z: Embeddings) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def measured(z: Embeddings) -> dict[str, Any]:
         loss = loss_of(case, fresh.world())
         loss.backward()
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-        rows = [distributed.all_gather(g) / distributed.world_size() for g in grads[:3]]
-        shared = [distributed.all_gather(g).mean(0, keepdim=True) for g in grads[3:]]
+        rows = [distributed.all_gather(g) / distributed.world_size() for g in grads if g.ndim > 1]
+        shared = [distributed.all_gather(g).mean(0, keepdim=True) for g in grads if g.ndim == 1]
         out[case] = [loss.tolist(), *(g.tolist() for g in rows + shared)]
     return out
 

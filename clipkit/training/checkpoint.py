@@ -3,6 +3,7 @@
     checkpoints/step_00000200/
       model.json  model.safetensors      the student, loadable by `clipkit.load` alone
       teacher.safetensors                when there is one
+      terms.safetensors                  when there is one that remembers something
       optimizer.safetensors              moments by parameter name, in full, whatever the engine shards
       state.json                         step, position in the data, resolved config
       rng_0.safetensors …                one per rank
@@ -30,12 +31,21 @@ from clipkit.errors import UserError
 from clipkit.model.load import save as save_model
 from clipkit.model.teacher import Teacher
 from clipkit.model.weights import weights_into
+from clipkit.objective import Objective
 from clipkit.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, step: int, engine: Engine, teacher: Teacher | None, config: Config, position: dict) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    teacher: Teacher | None,
+    objective: Objective,
+    config: Config,
+    position: dict,
+) -> Path:
     """Write the checkpoint of `step` into the run folder. All ranks call this together."""
     final = folder / "checkpoints" / f"step_{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -50,6 +60,8 @@ def save(folder: Path, step: int, engine: Engine, teacher: Teacher | None, confi
         save_file(moments, partial / "optimizer.safetensors")
         if teacher:
             save_file(teacher.state(), partial / "teacher.safetensors")
+        if remembered := objective.state():
+            save_file(remembered, partial / "terms.safetensors")
         state = {"step": step, "position": position, "config": config.model_dump(mode="json")}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
     distributed.barrier()
@@ -67,7 +79,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*"))
 
 
-def restore(folder: Path, engine: Engine, teacher: Teacher | None, plan: Plan | Mixture) -> int:
+def restore(folder: Path, engine: Engine, teacher: Teacher | None, objective: Objective, plan: Plan | Mixture) -> int:
     """Bring everything back to the newest checkpoint of the run; returns its step, 0 when there is none."""
     whole = whole_checkpoints(folder)
     if not whole:
@@ -83,6 +95,8 @@ def restore(folder: Path, engine: Engine, teacher: Teacher | None, plan: Plan | 
     weights_into(engine.bare, last)
     if teacher:
         teacher.load_state(load_file(last / "teacher.safetensors"))
+    if (last / "terms.safetensors").is_file():
+        objective.load_state(load_file(last / "terms.safetensors"))
     _restore_moments(engine, load_file(last / "optimizer.safetensors"), step)
     rng = last / f"rng_{distributed.rank()}.safetensors"
     if rng.is_file():  # absent on ranks that the saving world did not have

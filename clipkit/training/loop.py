@@ -21,7 +21,7 @@ from clipkit.errors import UserError
 from clipkit.evaluation.run import evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
-from clipkit.objective import objective
+from clipkit.objective import Objective
 from clipkit.training import checkpoint
 from clipkit.training.engine import Engine
 from clipkit.training.features import cached_features
@@ -41,7 +41,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     engine.prepare(model, build_optimizer(model, config.optim))
     if teacher:
         teacher.to(engine.device)
-    start = checkpoint.restore(folder, engine, teacher, plan) if resume else 0
+    objective = Objective(config.objective)
+    start = checkpoint.restore(folder, engine, teacher, objective, plan) if resume else 0
     loader = _loader(config, index, plan, model, features)
     last = start
     with RunLog(folder, config, start) as log:
@@ -55,18 +56,18 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 z = engine.embed(batch)
                 if teacher:
                     z.teacher = teacher.embed(batch, engine.parts)
-            loss, terms = objective(z.world(), config.objective)
+            loss, terms = objective(z.world())
             norm = engine.step(loss)
             if teacher:
                 teacher.update(engine.bare)
             last = step + 1
             log.step(last, loss.detach(), terms, norm, z, batch)
             if _due(last, config.save_every, config):
-                checkpoint.save(folder, last, engine, teacher, config, plan.position(last))
+                checkpoint.save(folder, last, engine, teacher, objective, config, plan.position(last))
             if _due(last, config.evaluate_every, config):
                 log.evaluation(last, _evaluate(config, engine.bare, folder))
     if start < config.steps:
-        checkpoint.save(folder, last, engine, teacher, config, plan.position(last))
+        checkpoint.save(folder, last, engine, teacher, objective, config, plan.position(last))
     engine.close()
     return folder
 

@@ -236,6 +236,16 @@ def test_weight_zero_equals_the_rest_bit_for_bit():
     assert torch.equal(clip, same) and values["igc"] > 0.1
 
 
+def test_scale_and_bias_get_a_gradient_from_every_objective():
+    """DDP waits for one; it is 0 where no term uses them, and a lone term keeps its value."""
+    z = ragged()
+    *_, scale, bias, _ = leaves(z)
+    total, values = objective(z, {"alignment": {}})
+    total.backward()
+    assert total == values["alignment"]
+    assert scale.grad is not None and bias.grad is not None and scale.grad.item() == bias.grad.item() == 0.0
+
+
 MASKABLE = [c for c in EVERY_TERM if "mask_same_group" in TERMS.entry(named(c)).settings.keys() - EVERY_TERM[c].keys()]
 
 
@@ -255,7 +265,9 @@ def test_captions_of_the_same_picture_are_no_negatives(case: str):
 ALONE = ("dcl", "hn_nce", "gcl", "macl", "m2_mix", "mv_infonce", "mv_dhel", "uniformity", "tic")
 
 
-@pytest.mark.parametrize("case", ["infonce none", "gist", *(c for c in MASKABLE if named(c) in ALONE and c != "hn_nce detached")])
+@pytest.mark.parametrize(
+    "case", ["infonce none", "gist", *(c for c in MASKABLE if named(c) in ALONE and c != "hn_nce detached")]
+)
 def test_one_picture_only(case: str):
     """All captions of one picture: nothing left to contrast with."""
     z = replace(ragged(), group=torch.zeros(8, dtype=torch.int64))

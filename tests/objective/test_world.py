@@ -12,6 +12,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective import objective
+from clipkit.objective.ranking import Rank
 from tests.objective.cases import EVERY_TERM, leaves, named, ragged, run
 from tests.ranks import run_ranks
 
@@ -27,14 +28,17 @@ def share(z: Embeddings, rank: int, world: int) -> Embeddings:
 
 
 def loss_of(case: str, z: Embeddings) -> Tensor:
-    """One case of one term, or a whole objective."""
+    """One case of one term, a whole objective, or a term that remembers the step before."""
+    if case == "remembered":
+        term = Rank()
+        return term(z) + term(z)
     return objective(z, MIXED)[0] if case == "objective" else run(named(case), z, **EVERY_TERM[case])
 
 
 def measured(z: Embeddings) -> dict[str, Any]:
     """Value and gradients of every loss as plain lists; scale and bias averaged over ranks as the engine does."""
     out = {}
-    for case in [*EVERY_TERM, "objective"]:
+    for case in [*EVERY_TERM, "objective", "remembered"]:
         tables = {f.name: x for f in fields(z) if isinstance(x := getattr(z, f.name), Tensor)}
         fresh = replace(z, **{name: x.detach().clone() for name, x in tables.items()})
         inputs = leaves(fresh)

@@ -1,0 +1,51 @@
+"""Terms that remember something: what they remember is part of the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipkit.config import Config
+from clipkit.errors import UserError
+from clipkit.training.loop import train
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_taken_up_again_keeps_its_margins(tiny_tree: dict, tmp_path: Path):
+    """Cut off after its first checkpoint: the same bits at the end as a run left in peace."""
+    tree = tiny_tree | {
+        "objective": {"infonce": {}, "rank": {}},
+        "teacher": {"kind": "none"},
+        "samples": 128,
+        "save_every": 64,
+    }
+    peace = train(Config.model_validate(tree | {"name": "peace"}))
+    folder = train(Config.model_validate(tree | {"name": "cut"}))
+    first, last = sorted((folder / "checkpoints").glob("step_*"))
+    margins = [load_file(checkpoint / "terms.safetensors")["rank.margin"] for checkpoint in (first, last)]
+    assert margins[0].shape == (2,) and margins[0].any() and not torch.equal(*margins)
+    shutil.rmtree(last)
+    train(Config.model_validate(tree | {"name": "cut"}), resume=True)
+    for name in ("terms", "model", "optimizer"):
+        expected, got = (load_file(run / "checkpoints" / last.name / f"{name}.safetensors") for run in (peace, folder))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(value, got[key]) for key, value in expected.items()), name
+    assert losses(folder) == losses(peace)
+    shutil.rmtree(last)
+    without = tree | {"name": "cut", "objective": {"infonce": {}}}
+    with pytest.raises(UserError, match="holds the state of rank, not in use here"):
+        train(Config.model_validate(without), resume=True)
+
+
+def test_without_such_terms_there_is_no_such_file(tiny_tree: dict):
+    folder = train(Config.model_validate(tiny_tree | {"samples": 16, "optim": {}}))
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    assert not (checkpoint / "terms.safetensors").exists()

@@ -25,7 +25,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A group of settings: unknown names are errors, defaults are documented in place."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, ser_json_inf_nan="constants"
+    )
 
 
 class SourceConfig(Section):

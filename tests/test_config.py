@@ -167,6 +167,14 @@ def test_a_file_stands_on_its_base_and_drops_its_terms(tmp_path: Path) -> None:
     assert config.objective == {"infonce": {}}
 
 
+def test_infinity_comes_back_from_a_dump(tmp_path: Path) -> None:
+    """SupCon is tcl with log_k1: -.inf."""
+    config = configuration.load("tcl", ["objective.tcl.log_k1=-.inf"])
+    assert config.objective["tcl"] == {"log_k1": float("-inf")}
+    assert configuration.load(write(tmp_path, "again.yaml", configuration.dump(config))) == config
+    assert "objective.tcl.log_k1: " in message("tcl", "objective.tcl.log_k1=.inf")
+
+
 def test_bases_go_two_deep_and_no_deeper(tmp_path: Path) -> None:
     for name, base in (("a", None), ("b", "a"), ("c", "b"), ("d", "c")):
         write(tmp_path, f"{name}.yaml", f"base: {base}.yaml" if base else "seed: 5")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,14 +18,15 @@ from clipkit.objective.kernel import contrast_rows, log_mask, similarity
 from clipkit.registry import term
 
 LOG_5000 = log(5000)
+LogFactor = Annotated[float, Field(le=1000.0)]
 
 
 @term()
 def tcl(
     z: Embeddings,
     *,
-    log_k1: float = LOG_5000,
-    log_k2: float = 0.0,
+    log_k1: LogFactor = LOG_5000,
+    log_k2: LogFactor = 0.0,
     within: bool = False,
     negatives: Negatives = "none",
 ) -> Float[Tensor, ""]:

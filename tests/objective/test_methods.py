@@ -229,6 +229,17 @@ def test_cwcl_with_opposite_pictures_is_infonce():
     close(run("cwcl", two), run("infonce", two).item())
 
 
+def test_cwcls_weights_send_no_slope():
+    z = replace(ragged(), group=torch.arange(8))
+    image = leaves(z)[0]
+    got = torch.autograd.grad(run("cwcl", z), image)[0]
+    weights = ((1 + image @ image.T) / 2).detach()
+    logits = 9.0 * image @ z.text.T
+    soft = -(weights / weights.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    plain = torch.nn.functional.cross_entropy(logits.T, torch.arange(8))
+    torch.testing.assert_close(got, torch.autograd.grad((soft + plain) / 2, image)[0], rtol=0, atol=1e-12)
+
+
 def test_gist_masks_less_the_surer_the_guide():
     z = ragged()
     values = [run("gist", z, margin=margin).item() for margin in (0.0, 0.3, 0.8, 2.0)]

@@ -32,6 +32,8 @@ _BESIDE = {
 }
 _MARKS = {"negative_text": "valid", "positive_text": "positive_valid", "negative_image": "negative_image_valid"}
 """Which of a ragged role's places are filled; all of them where it is not said."""
+_BLANKS = {"negative_text": 0, "negative_image": 0, "valid": False, "negative_image_valid": False, "negative_kind": -1}
+"""What stands for negatives that a pair does not have."""
 
 
 @dataclass
@@ -87,6 +89,23 @@ class Embeddings:
             n, d = self.text.shape
             return self.text.new_zeros(n, 0, d), torch.zeros(n, 0, dtype=torch.bool, device=self.text.device)
         return self.negative_text, self.valid
+
+    def with_positives(self) -> Embeddings:
+        """Every further caption as a pair of its own behind the others: with its picture and group, no negatives."""
+        if self.positive_text is None or self.positive_valid is None:
+            return self
+        row, place = self.positive_valid.nonzero(as_tuple=True)
+        more = {
+            name: x[row] for name in ("image", "id", "group", "relevance") if (x := getattr(self, name)) is not None
+        }
+        more["text"] = self.positive_text[row, place]
+        for name, blank in _BLANKS.items():
+            if (x := getattr(self, name)) is not None:
+                more[name] = x.new_full((len(row), *x.shape[1:]), blank)
+        alone = replace(self, positive_text=None, positive_valid=None, teacher=None)
+        teacher = self.teacher and self.teacher.with_positives()
+        joined = {name: torch.cat([getattr(alone, name), x]) for name, x in more.items()}
+        return replace(alone, **joined, teacher=teacher)
 
     def frozen_teacher(self) -> Embeddings:
         """The teacher's embeddings, cut off from its graph. Raises UserError when there is no teacher."""

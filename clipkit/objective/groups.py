@@ -38,8 +38,9 @@ def tcl(
     The mean of images against captions and captions against images; `within` is the paper's form, all 2n embeddings
     against one another. `log_k1: -.inf` is SupCon (arXiv 2004.11362). Negative captions (`own` or `all`) are in N of
     the images, with `within` of the captions too. The paper's k1 = 5000 is for s = 10 and does nothing at CLIP's 100:
-    take about c (s + 1), 30 for c = 0.3.
+    take about c (s + 1), 30 for c = 0.3. Further captions (`data.positives`) are pairs of their own.
     """
+    z = z.with_positives()
 
     def rows(anchor: Tensor, other: Tensor, negatives: Negatives) -> Tensor:
         cosines, keep = captions(replace(z, image=anchor, text=other, scale=1.0), negatives, mask_same_group=False)
@@ -63,7 +64,9 @@ def one_to_k(z: Embeddings) -> Float[Tensor, ""]:
 
     Rows of one group share the weight of one picture in the denominators of the captions, so that every picture counts
     once. The released code weighs the second half 1/K. With K captions the first half cannot fall below log K.
+    Further captions (`data.positives`) are pairs of their own.
     """
+    z = z.with_positives()
     same = same_group(z)
     logits = z.scale * similarity(z.image, z.text)
     images = contrast_rows(logits, _shares(same, logits.dtype))

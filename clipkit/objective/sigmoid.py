@@ -28,9 +28,11 @@ def siglip(
         mean_i Σ_c log(1 + exp(-y_ic (s v_i·c + b)))     y = +1 for the image's own caption, else -1
 
     Negative captions of the pair itself (`own`) or of `all` pairs add their terms. With `positives: group` every
-    caption of the image's picture (equal group) is a positive; otherwise those of other pairs are left out unless
-    `mask_same_group` is off. Without a bias, b = 0.
+    caption of the image's picture (equal group; `data.positives`) is a positive; otherwise those of other pairs are
+    left out unless `mask_same_group` is off. Without a bias, b = 0.
     """
+    if positives == "group":
+        z = z.with_positives()
     logits, keep = captions(z, negatives, mask_same_group and positives == "pair")
     if z.bias is not None:
         logits = logits + z.bias

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -95,7 +96,7 @@ class RunLog:
             **{f"term/{name}": float(term) for name, term in terms.items()},
             "lr": learning_rate(step - 1, self._config),
             "grad_norm": float(norm),
-            "scale": float(z.scale),
+            "scale": float(torch.as_tensor(z.scale).detach()),
             **means([found for _, found in ranks]),
             "data_wait": self._waited / elapsed,
             "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,

@@ -45,8 +45,8 @@ class Embeddings:
     `negative_kind` numbers the kinds of negatives, `relevance` (≥ 0) says how well a caption fits. `id` is the dense
     number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
     out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
-    1/temperature, not its logarithm.
-    `teacher` holds the same roles of the same pairs; terms never send a gradient into it.
+    1/temperature, not its logarithm. `teacher` holds the same roles of the same pairs; terms never send a gradient into
+    it. `replicated` says that every rank holds these same tables, so that ranks may divide work on them.
 
     Raises UserError when the shapes do not belong together.
     """
@@ -66,6 +66,7 @@ class Embeddings:
     scale: Tensor | float = 1.0
     bias: Tensor | float | None = None
     teacher: Embeddings | None = None
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -135,7 +136,7 @@ class Embeddings:
         if teacher:
             with torch.no_grad():
                 teacher = replace(teacher, **teacher._gather(_ROLES) | beside)
-        return replace(self, **self._gather(_ROLES) | beside, teacher=teacher)
+        return replace(self, **self._gather(_ROLES) | beside, teacher=teacher, replicated=True)
 
     def _gather(self, names: dict[str, str]) -> dict[str, Tensor]:
         tables = {name: getattr(self, name) for name in names}

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective.kernel import contrast_rows, log_mask, mean_rows, similarity
+from clipkit.objective.kernel import mean_rows, similarity
+from clipkit.objective.tables import Block, contrast_tables, pairs, rivals
 from clipkit.registry import term
 
 Negatives = Literal["all", "own", "none"]
@@ -25,11 +26,16 @@ def infonce(z: Embeddings, *, negatives: Negatives = "all", mask_same_group: boo
     eq. 4) or of `none` (CLIP); they are never anchors. A caption of the anchor's own picture (equal group) is not its
     negative unless `mask_same_group` is off. CLIP arXiv 2103.00020, NegCLIP arXiv 2210.01936, DeGLA arXiv 2504.16801.
     """
-    n = len(z)
-    logits, keep = captions(z, negatives, mask_same_group)
-    pair = torch.eye(n, logits.shape[1], dtype=torch.bool, device=logits.device)
-    image_rows = contrast_rows(logits, pair, log_weights=log_mask(keep))
-    text_rows = contrast_rows(logits[:, :n].T, pair[:, :n], log_weights=log_mask(keep[:, :n].T))
+    table, valid = z.negatives
+    blocks = [Block(z.text, pairs(len(z), z.image.device, z.group if mask_same_group else None))]
+    own = None
+    if negatives == "all":
+        blocks.append(Block(table.flatten(0, 1), rivals(valid.flatten())))
+    elif negatives == "own":
+        own = (z.scale * similarity(z.image[:, None], table)[:, 0]).masked_fill(~valid, -torch.inf)
+    image_rows, text_rows = contrast_tables(
+        z.image, blocks, scale=z.scale, both=True, extra=own, replicated=z.replicated
+    )
     return both_ways([image_rows, text_rows])
 
 

@@ -5,6 +5,7 @@ For one anchor with logits L and log-weights log w (-inf takes a candidate out, 
     log p_c = L_c - LSE({L_c' + log w_c'}, {extra})
     row     = -Σ_c target_c (1 - p_c)^gamma log p_c      (mean_log)     or     -log Σ_{target_c > 0} p_c      (log_sum)
 
+`contrast_tables` makes the same rows from embeddings, in tiles where the matrix of logits would be large.
 Everything is computed in fp32 at least, also under autocast and from bf16 or fp16 embeddings; fp64 stays fp64.
 """
 
@@ -15,6 +16,8 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Mode = Literal["mean_log", "log_sum"]
 
 
 def full(x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def contrast_rows(
     log_alpha: float = 0.0,
     extra: Float[Tensor, "a e"] | None = None,
     gamma: float = 0.0,
-    mode: Literal["mean_log", "log_sum"] = "mean_log",
+    mode: Mode = "mean_log",
 ) -> Float[Tensor, " a"]:
     """One loss per anchor, by the formula above. `targets` are weights ≥ 0; those > 0 mark the positives.
 

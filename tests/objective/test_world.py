@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -35,10 +36,10 @@ def loss_of(case: str, z: Embeddings) -> Tensor:
     return objective(z, MIXED)[0] if case == "objective" else run(named(case), z, **EVERY_TERM[case])
 
 
-def measured(z: Embeddings) -> dict[str, Any]:
+def measured(z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "remembered")) -> dict[str, Any]:
     """Value and gradients of every loss as plain lists; scale and bias averaged over ranks as the engine does."""
     out = {}
-    for case in [*EVERY_TERM, "objective", "remembered"]:
+    for case in cases:
         tables = {f.name: x for f in fields(z) if isinstance(x := getattr(z, f.name), Tensor)}
         fresh = replace(z, **{name: x.detach().clone() for name, x in tables.items()})
         inputs = leaves(fresh)

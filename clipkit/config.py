@@ -414,8 +414,11 @@ def _cross_check(config: Config) -> list[str]:
         needs = TERMS.entry(name).needs
         if "negative_text" in needs and config.data.negatives == 0:
             problems.append(f"objective.{name} needs data.negatives ≥ 1, got 0")
-        if "negative_image" in needs:
-            problems.append(f"objective.{name} needs negative pictures, which shards do not hold; use it from Python")
+        if "negative_image" in needs and config.data.negative_images < max(1, config.data.negatives):
+            problems.append(
+                f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
+                f"data.negatives), got {config.data.negative_images}"
+            )
         if "teacher" in needs and config.teacher.kind == "none":
             problems.append(f"objective.{name} needs teacher.kind: ema or frozen, got none")
         if "bias" in needs and config.model.bias is None:

@@ -45,7 +45,7 @@ def test_every_packaged_config_is_found() -> None:
         "gist",
     }
     assert methods <= {Path(file).stem for file in FILES}
-    assert len(FILES) == 35
+    assert len(FILES) == 36
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -136,8 +136,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ("objective: {distill: {}}", "objective.distill needs teacher.kind: ema or frozen, got none"),
         ("objective: {siglip: {}}", "objective.siglip needs model.bias (a number, e.g. -10), got none"),
         (
-            "objective: {triplet: {}}\ndata: {negatives: 1}",
-            "objective.triplet needs negative pictures, which shards do not hold; use it from Python",
+            "objective: {triplet: {}}\ndata: {negatives: 2, negative_images: 1}",
+            "objective.triplet needs data.negative_images: 2 (a picture for each of data.negatives), got 1",
         ),
         ("objective: {}", "objective: needs at least one term"),
         ("samples: 10", "samples: 10 is less than one batch (256)"),

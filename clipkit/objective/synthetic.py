@@ -25,8 +25,8 @@ def triplet(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]
 
         N(v, t | t') + N(v', t' | t)      N(a, p | q) = ½ [ mean_i CE(s a_i · [P; Q], i) + mean_i CE(s p_i · A, i) ]
 
-    t' are the negative captions and v' the negative pictures, the k-th drawn after the k-th caption: a true pair. They
-    exist where `valid`; each shows a picture of its own.
+    t' are the negative captions and v' the negative pictures; the k-th shows what the k-th caption says: a true pair
+    where both exist. A negative caption without a picture is only a candidate.
     """
     table, valid = z.negatives
     if z.negative_image is None or z.negative_image.shape != table.shape:
@@ -34,7 +34,8 @@ def triplet(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]
         raise UserError(
             f"triplet: needs a negative picture for each negative caption {tuple(table.shape)}, got {found}"
         )
-    image, text, exists = z.negative_image.flatten(0, 1), table.flatten(0, 1), valid.flatten()
+    image, text = z.negative_image.flatten(0, 1), table.flatten(0, 1)
+    exists = valid.flatten() if z.negative_image_valid is None else (valid & z.negative_image_valid).flatten()
     made = z.scale * similarity(image, text)
     logits = torch.cat([made, z.scale * similarity(image, z.text)], 1)
     keep = torch.cat([exists, torch.ones_like(z.group, dtype=torch.bool)])[None]

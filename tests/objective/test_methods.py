@@ -338,6 +338,19 @@ def test_made_and_real_pairs_stand_alike():
         run("triplet", golden())
 
 
+def test_a_negative_caption_without_a_picture_is_no_pair():
+    z = with_pictures(torch.float64)
+    assert z.negative_image is not None
+    pictured = torch.arange(len(z))[:, None] != 1
+    blank = replace(
+        z, negative_image=z.negative_image.masked_fill(~pictured[..., None], 0.0), negative_image_valid=pictured
+    )
+    other = replace(blank, negative_image=torch.where(pictured[..., None], z.negative_image, z.negative_image.flip(0)))
+    close(run("triplet", blank), run("triplet", other).item())
+    none = replace(z, negative_image_valid=torch.zeros_like(pictured))
+    close(run("triplet", none), run("infonce", none).item())
+
+
 def test_a_negative_equal_to_its_caption_cannot_be_told_apart():
     z = orthonormal(4, 1, scale=400.0)
     z = replace(z, negative_text=z.text[:, None], negative_image=z.image[:, None])

@@ -34,7 +34,7 @@ class SourceConfig(Section):
     """One of several sources of training data."""
 
     train: list[str]
-    """Tar shards: paths or globs."""
+    """Tar shards, as in `data.train`."""
     weight: float | None = Field(default=None, gt=0.0)
     """Share of every batch, relative to the other sources' (all of them have a weight, or none)."""
     epochs: float = Field(default=1.0, gt=0.0)
@@ -45,7 +45,8 @@ class DataConfig(Section):
     """Which shards are read, and how a sample becomes a row of the batch."""
 
     train: list[str] = []
-    """Tar shards: paths or globs."""
+    """Tar shards: paths, globs, braces (`x-{000..009}.tar`), URLs (http, https, s3, gs, ...), and `pipe:COMMAND`s that
+    are run (docs/remote.md)."""
     sources: dict[str, SourceConfig] = {}
     """Several sources instead of `train`, by name; every batch holds the same number of pairs of each."""
     negatives: Count = 0

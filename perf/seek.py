@@ -19,8 +19,10 @@ from pathlib import Path
 
 from startup import processor
 
+from clipkit.data import storage
 from clipkit.data.build import Sample, write_shard
-from clipkit.data.shards import Index, _cache_file, _stamp  # to write entries: 10,000 scans would take minutes
+from clipkit.data.shards import Index
+from clipkit.data.tables import FORMAT, _cache_file  # to write entries: 10,000 scans would take minutes
 
 RESULT = Path(__file__).parent / "results" / "seek.json"
 PAIRS = 1000
@@ -52,7 +54,7 @@ def build(folder: Path, shards: int) -> None:
     for number in range(1, shards):
         path = folder / f"shard-{number:06d}.tar"
         os.link(first, path)
-        line = json.dumps(json.loads(head) | {"stamp": _stamp(path)})
+        line = json.dumps(json.loads(head) | {"stamp": {"format": FORMAT, **storage.stamp(path)}})
         _cache_file(path).write_text(f"{line}\n{table}\n")
 
 

@@ -15,7 +15,7 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=
 Json = Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the result as JSON; - for stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Another seed, other choices.")]
-Shards = Annotated[list[str], typer.Argument(metavar="SHARDS", help="Tar shards: paths or globs.")]
+Shards = Annotated[list[str], typer.Argument(metavar="SHARDS", help="Tar shards: paths, globs, URLs or pipe:COMMAND.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Side by side; the result is the same.")]
 Model = Annotated[
     str,

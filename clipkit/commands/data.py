@@ -43,14 +43,20 @@ def build(
     print(f"{len(shards)} shards in {out}, read as {chosen}")
 
 
-def index(shards: Shards, json_path: Json = None) -> None:
+def index(
+    shards: Shards,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes; more where shards are far away.")] = 2,
+    beside: Annotated[bool, typer.Option("--beside", help="Write NAME.tar.index.json beside each shard, too.")] = False,
+    json_path: Json = None,
+) -> None:
     """Scan shards once; say how many pairs they hold.
 
-    Where every pair lies is kept in $CLIPKIT_CACHE (default ~/.cache/clipkit).
+    Where every pair lies is kept in $CLIPKIT_CACHE (default ~/.cache/clipkit), each shard when it is finished: a second
+    call goes on where a first one ended.
     """
     from clipkit.data.check import index_shards
 
-    found = index_shards(shards)
+    found = index_shards(shards, workers=workers, beside=beside)
     if json_path:
         write_json(found, json_path)
     if json_path != STDOUT:

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.indexing import write_beside
 from clipkit.data.members import Unreadable, picture_bytes, read_sheet
-from clipkit.data.shards import Index, Summary, expand, summarise
+from clipkit.data.shards import Index, Shard, Summary, expand, summarise
 from clipkit.errors import UserError
 
 EXAMPLES = 5
@@ -22,9 +23,16 @@ STRUCTURE = ("duplicate key", "missing caption", "missing picture", "truncated t
 """Reasons that concern what is not a pair of the index at all."""
 
 
-def index_shards(patterns: str | Path | Sequence[str | Path], progress: bool = True) -> dict[str, Any]:
-    """Scan the shards (once; kept in the cache) → {"samples", "fingerprint", "shards": {path: samples}}."""
-    index = Index.load(patterns, on_error="skip", progress=progress)
+def index_shards(
+    patterns: str | Path | Sequence[str | Path], progress: bool = True, workers: int = 0, beside: bool = False
+) -> dict[str, Any]:
+    """Scan the shards (once; kept in the cache) → {"samples", "fingerprint", "shards": {path: samples}}.
+
+    `workers` processes do so (0: this one). With `beside`, NAME.tar.index.json is written beside each shard, too.
+    """
+    index = Index.load(patterns, on_error="skip", progress=progress, workers=workers)
+    if beside:
+        write_beside(index.shards)
     counts = {str(shard): count for shard, count in zip(index.shards, index.counts)}
     return {"samples": len(index), "fingerprint": index.fingerprint, "shards": counts}
 
@@ -41,7 +49,7 @@ def check_shards(
 
     paths = expand(patterns)
     found = _Found()
-    whole: list[tuple[Path, Summary]] = []
+    whole: list[tuple[Shard, Summary]] = []
     for path in tracked(paths, "indexing shards", len(paths)) if progress else paths:
         summary = found.structure(path)
         if summary and summary.count:
@@ -59,11 +67,11 @@ def check_shards(
 class _Found:
     """Problems, counted as they come."""
 
-    shards: dict[Path, int] = field(default_factory=dict)
-    problems: dict[Path, Counter[str]] = field(default_factory=dict)
+    shards: dict[Shard, int] = field(default_factory=dict)
+    problems: dict[Shard, Counter[str]] = field(default_factory=dict)
     examples: dict[str, list[list[str]]] = field(default_factory=dict)
 
-    def structure(self, path: Path) -> Summary | None:
+    def structure(self, path: Shard) -> Summary | None:
         """Note what the scan of a shard says."""
         self.shards[path], self.problems[path] = 0, Counter()
         try:
@@ -78,7 +86,7 @@ class _Found:
             self.problem(path, "", f"no pairs: members are called {', '.join(summary.names) or 'nothing'}, ...")
         return summary
 
-    def problem(self, path: Path, key: str, reason: str) -> None:
+    def problem(self, path: Shard, key: str, reason: str) -> None:
         """Count one, and keep it for an example while there are few of its kind."""
         kind = reason.partition(":")[0]
         self.problems[path][kind] += 1

@@ -17,6 +17,7 @@ from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess
 from clipkit.data.features import FeatureStore
+from clipkit.data.members import SHEETS
 from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.data.reader import Reader
@@ -76,7 +77,10 @@ def check_first(index: Index, plan: Plan | Mixture, data: DataConfig) -> None:
     """Read the first FIRST pairs of `plan`; raises UserError at an unreadable one (`data.on_error: raise`)."""
     if data.on_error == "raise":
         reader = Reader(index, plan.ranges, data, Preprocess(), seed=0, features=None)
-        for id in plan.rows(0)[0][:FIRST].tolist():
+        ids = plan.rows(0)[0][:FIRST].tolist()
+        if index.remote:
+            index.prefetch(ids)
+        for id in ids:
             reader.usable(id, 0, [])
 
 
@@ -92,6 +96,8 @@ class _Steps(Dataset):
         ids, epochs = (numbers[self.slice].tolist() for numbers in self.plan.rows(step))
         skipped: list[tuple[str, str]] = []
         try:
+            if self.reader.index.remote:
+                self.reader.index.prefetch(ids, SHEETS if self.reader.features is not None else None)
             rows = [self.reader.usable(id, epoch, skipped) for id, epoch in zip(ids, epochs)]
         except UserError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback

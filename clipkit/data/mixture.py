@@ -70,7 +70,7 @@ class Mixture:
         ]
 
 
-def open_data(config: Config, *, progress: bool = False) -> tuple[Index, Plan | Mixture]:
+def open_data(config: Config, *, progress: bool = True) -> tuple[Index, Plan | Mixture]:
     """The index of everything a run reads, and the order in which it does."""
     data = config.data
     if not data.sources:

@@ -1,8 +1,7 @@
-"""Plain tar shards read at random by offset: one scan of the headers a shard, kept as a small file in a cache folder.
+"""Plain tar shards read at random by offset, wherever they lie: in files, behind URLs, behind commands.
 
-A pair is all members of one key. The key is the member's path without its last suffix (`a/b.c.jpg` → `a/b.c`), so
-dotted names and folders keep pairs apart; members need not lie side by side. The dense id of a pair is its position
-in (sorted shards, file order). Names in a tar are only ever compared, never used as paths.
+The dense id of a pair is its position in (sorted shards, file order). What is known of a shard is found once and kept
+(tables.py); how its bytes are had is for storage.py.
 """
 
 from __future__ import annotations
@@ -11,64 +10,34 @@ import glob
 import hashlib
 import json
 import os
-import re
-import tarfile
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 
-from clipkit.data.members import PICTURES, SHEETS, Unreadable
+from clipkit.data import indexing, remote, storage, tables
+from clipkit.data.members import PICTURES, SHEETS
+from clipkit.data.storage import Pipe, Shard, Url, cache_folder, version, write_atomic
+from clipkit.data.tables import Member, Summary, Table, scan, summarise
 from clipkit.errors import UserError, did_you_mean
 
-FORMAT = 2
-"""Raised whenever the cached form of an index changes."""
+__all__ = [
+    "Index", "Member", "Pattern", "Pipe", "Shard", "Summary", "Table", "TarFolder", "Url", "cache_folder", "expand",
+    "read_member", "scan", "summarise", "version", "write_atomic",
+]  # fmt: skip
+Pattern: TypeAlias = str | Shard
 OPEN_SHARDS = 256
-BLOCK = 512
-NEGATIVE = re.compile(r"negative\d+")
-"""The picture of a hard negative: KEY.negative0.jpg."""
-
-
-class Member(NamedTuple):
-    """A regular file inside a tar."""
-
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is known of a shard without its table."""
-
-    count: int
-    fingerprint: str
-    problems: list[list[str]]
-    """[key, reason] of everything that is no readable pair."""
-    names: list[str]
-    """The first few member names, for messages."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where the pairs of a shard lie: `spans[i, j]` = (offset, size) of the member `suffixes[j]` of `keys[i]`."""
-
-    keys: list[str]
-    suffixes: list[str]
-    spans: np.ndarray
-    """[n s 2] int64; offset -1 where a pair has no such member."""
 
 
 class Index:
     """All pairs of some shards, by dense id."""
 
-    def __init__(self, shards: list[Path], summaries: list[Summary]):
-        self.shards = shards
+    def __init__(self, shards: Sequence[Shard], summaries: list[Summary]):
+        self.shards = list(shards)
         self.counts = [summary.count for summary in summaries]
         self.problems = [
             (f"{shard.name}/{key}", reason)
@@ -83,21 +52,32 @@ class Index:
     @classmethod
     def load(
         cls,
-        patterns: str | Path | Sequence[str | Path],
+        patterns: Pattern | Sequence[Pattern],
         *,
         on_error: Literal["raise", "skip"] = "raise",
-        progress: bool = False,
+        progress: bool = True,
+        workers: int = 0,
     ) -> Index:
-        """Index the shards named by paths, folders, globs or braces (`x-{000..009}.tar`).
+        """Index the shards named by paths, folders, globs, braces (`x-{000..009}.tar`), URLs and `pipe:COMMAND`s.
 
-        A shard without a single pair is a UserError; so is, with `on_error="raise"`, a member that belongs to no
-        readable pair, a key that comes twice and a tar that was cut off. With "skip" they end up in `problems`.
+        Those not indexed before are indexed now, by `workers` processes (0: by this one), with a notice and
+        `progress` on standard error. A shard without a single pair is a UserError; so is, with `on_error="raise"`, a
+        member that belongs to no readable pair, a key that comes twice and a tar that was cut off. With "skip" they
+        end up in `problems`.
         """
         shards = expand(patterns)
         summaries = []
-        for shard in _tracked(shards) if progress else shards:
-            summaries.append(summarise(shard))
-            _refuse(shard, summaries[-1], on_error)
+        for shard, summary in zip(shards, indexing.known(shards)):
+            if summary:
+                _refuse(shard, summary, on_error)
+            summaries.append(summary)
+        missing = [shard for shard, summary in zip(shards, summaries) if not summary]
+        if missing:
+            made = {}
+            for shard, summary in indexing.build(missing, workers, progress):
+                _refuse(shard, summary, on_error)
+                made[shard] = summary
+            summaries = [summary or made[shard] for shard, summary in zip(shards, summaries)]
         return cls(shards, summaries)
 
     @classmethod
@@ -106,7 +86,7 @@ class Index:
         parts, owners = dict(sorted(parts.items())), {}
         for name, part in parts.items():
             for shard in part.shards:
-                if (other := owners.setdefault(shard.resolve(), name)) != name:
+                if (other := owners.setdefault(storage.place(shard), name)) != name:
                     raise UserError(f"data.sources: {shard} is in {other} and in {name}; a shard belongs to one source")
         return cls(
             [shard for part in parts.values() for shard in part.shards],
@@ -141,13 +121,31 @@ class Index:
     def read(self, id: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
         """The members of a pair by suffix (only those in `suffixes`, if given). Raises Unreadable if the shard ends."""
         shard, position = self.locate(id)
-        opened = self._open(shard)
-        spans = opened.table.spans[position].tolist()
+        table, file = self._open(shard)
         return {
-            suffix: opened.file.read(offset, size)
-            for suffix, (offset, size) in zip(opened.table.suffixes, spans)
+            suffix: file.read(offset, size)
+            for suffix, (offset, size) in zip(table.suffixes, table.spans[position].tolist())
             if offset >= 0 and (suffixes is None or suffix in suffixes)
         }
+
+    @property
+    def remote(self) -> bool:
+        """Whether a shard is read in blocks from elsewhere, so that `prefetch` pays."""
+        return any(isinstance(shard, Url) for shard in self.shards)
+
+    def prefetch(self, ids: Iterable[int], suffixes: Sequence[str] | None = None) -> None:
+        """Fetch what `read` of these pairs will ask for from elsewhere, several requests at a time."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for shard, position in map(self.locate, ids):
+            if isinstance(self.shards[shard], Url):
+                table = self._open(shard).table
+                wanted.setdefault(shard, []).extend(
+                    (offset, size)
+                    for suffix, (offset, size) in zip(table.suffixes, table.spans[position].tolist())
+                    if offset >= 0 and (suffixes is None or suffix in suffixes)
+                )
+        files = [(self._open(shard).file, spans) for shard, spans in wanted.items()]
+        storage.prefetch([(file, spans) for file, spans in files if isinstance(file, storage.Blocks)])
 
     def _open(self, shard: int) -> _Opened:
         return _opened(self.shards[shard], self._prints[shard])
@@ -159,7 +157,7 @@ class TarFolder:
     def __init__(self, path: str | Path):
         members, self.problem = scan(Path(path))
         self.path = Path(path)
-        self._file = _File(self.path)
+        self._file = storage.File(self.path)
         self._members = {member.name: member for member in members}
 
     def paths(self) -> list[str]:
@@ -185,73 +183,31 @@ def read_member(tar: str | Path, name: str) -> bytes:
     return _folder(Path(tar), os.stat(tar).st_mtime_ns).read(name)
 
 
-def expand(patterns: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The shards that paths, folders, globs and braces name, sorted, each once. Raises UserError for one with none."""
-    single = isinstance(patterns, (str, Path))
-    found: set[Path] = set()
-    for pattern in [patterns] if single else patterns:  # type: ignore[list-item]
-        for name in _braces(str(pattern)):
-            found.update(_matches(name))
+def expand(patterns: Pattern | Iterable[Pattern]) -> list[Shard]:
+    """The shards that paths, folders, globs, braces, URLs and `pipe:COMMAND`s name, sorted, each once.
+
+    Files come first, URLs after them, commands last. Raises UserError for a pattern without a shard.
+    """
+    found: set[Shard] = set()
+    for pattern in [patterns] if isinstance(patterns, (str, Path, Url, Pipe)) else patterns:
+        if isinstance(pattern, (Url, Pipe)):
+            found.add(pattern)
+        else:
+            for name in _braces(str(pattern)):
+                found.update(_matches(name))
     if not found:
-        raise UserError("no shards named: give tar files, folders or globs")
-    return sorted(found)
-
-
-def scan(path: Path) -> tuple[list[Member], str | None]:
-    """A tar's regular files in file order, and "truncated tar" if it was cut off. Raises UserError if it is no tar."""
-    members: list[Member] = []
-    length = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            with suppress(tarfile.ReadError, EOFError):  # cut off: seen below, where the archive ends
-                for entry in tar:
-                    if entry.isreg() and not entry.issparse():
-                        members.append(Member(entry.name.removeprefix("./"), entry.offset_data, entry.size))
-            end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: not a plain tar archive ({error}); shards are uncompressed .tar files") from None
-    whole = [member for member in members if member.offset + member.size <= length]
-    with path.open("rb") as file:
-        file.seek(end)
-        closed = file.read(BLOCK) == bytes(BLOCK)
-    return whole, None if closed and len(whole) == len(members) else "truncated tar"
-
-
-def summarise(path: Path) -> Summary:
-    """The shard's summary out of the cache, else from a scan that fills it."""
-    if kept := _kept(path, 1):  # not the table behind it: an index of ten million pairs loads in seconds
-        return Summary(**kept[0]["summary"])
-    return _scanned(path)[0]
-
-
-class _File:
-    # Reads by position share no cursor: safe between threads, and in workers forked from the trainer.
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        if len(data) != size:
-            raise Unreadable(f"shard changed: {len(data)} of {size} bytes at {offset}; it was longer when indexed")
-        return data
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        raise UserError("no shards named: give tar files, folders, globs, URLs or pipe:COMMAND")
+    return sorted(found, key=_place)
 
 
 class _Opened(NamedTuple):
     table: Table
-    file: _File
+    file: storage.File | storage.Blocks
 
 
 @lru_cache(OPEN_SHARDS)
-def _opened(path: Path, fingerprint: str) -> _Opened:
-    summary, table = _cached(path)
-    if summary.fingerprint != fingerprint:
-        raise UserError(f"{path}: the shard was changed while in use; start again")
-    return _Opened(table, _File(path))
+def _opened(shard: Shard, fingerprint: str) -> _Opened:
+    return _Opened(*tables.opened(shard, fingerprint))
 
 
 @lru_cache(16)
@@ -259,90 +215,16 @@ def _folder(path: Path, _mtime: int) -> TarFolder:
     return TarFolder(path)
 
 
-def _cached(path: Path) -> tuple[Summary, Table]:
-    kept = _kept(path, 2)
-    if not kept:
-        return _scanned(path)
-    head, table = kept
-    spans = np.array(table["spans"], dtype=np.int64).reshape(len(table["keys"]), len(table["suffixes"]), 2)
-    return Summary(**head["summary"]), Table(table["keys"], table["suffixes"], spans)
-
-
-def _scanned(path: Path) -> tuple[Summary, Table]:
-    stamp = _stamp(path)
-    summary, table = _group(*scan(path))
-    lines = [{"stamp": stamp, "summary": asdict(summary)}, asdict(table) | {"spans": table.spans.ravel().tolist()}]
-    with suppress(OSError):  # a home that cannot be written to costs a scan a start, nothing else
-        write_atomic(_cache_file(path), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return summary, table
-
-
-def _kept(path: Path, lines: int) -> list[dict[str, Any]] | None:
-    """The first lines of the shard's cache file (summary, table), if it is about the shard as it is now."""
-    try:
-        with _cache_file(path).open(encoding="utf-8") as file:
-            found = [json.loads(file.readline()) for _ in range(lines)]
-    except OSError:
-        return None
-    return found if found[0]["stamp"] == _stamp(path) else None
-
-
-def _cache_file(path: Path) -> Path:
-    name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
-    return cache_folder("index") / f"{name}.json"
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    state = path.stat()
-    return {"format": FORMAT, "path": str(path.resolve()), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-
-
-def _group(members: list[Member], problem: str | None) -> tuple[Summary, Table]:
-    """Members into pairs: a pair has a picture and a text; what has only one of them is a problem."""
-    pairs: dict[str, dict[str, tuple[int, int]]] = {}
-    problems = []
-    for name, offset, size in members:
-        key, _, suffix = name.rpartition(".")
-        pair = pairs.setdefault(key, {})
-        if suffix.lower() in pair:
-            problems.append([key, "duplicate key"])
-        else:
-            pair[suffix.lower()] = (offset, size)
-    _adopt_negative_pictures(pairs)
-    keys = []
-    for key, pair in pairs.items():
-        picture, sheet = not pair.keys().isdisjoint(PICTURES), not pair.keys().isdisjoint(SHEETS)
-        if picture and sheet:
-            keys.append(key)
-        elif picture or sheet:
-            problems.append([key, "missing caption" if picture else "missing picture"])
-    if problem:
-        problems.append([members[-1].name if members else "", problem])
-    suffixes = sorted({suffix for key in keys for suffix in pairs[key]})
-    spans = [[pairs[key].get(suffix, (-1, 0)) for suffix in suffixes] for key in keys]
-    table = Table(keys, suffixes, np.array(spans, dtype=np.int64).reshape(len(keys), len(suffixes), 2))
-    mark = hashlib.blake2b(json.dumps([keys, suffixes]).encode() + table.spans.tobytes(), digest_size=16).hexdigest()
-    return Summary(len(keys), mark, problems, [member.name for member in members[:6]]), table
-
-
-def _adopt_negative_pictures(pairs: dict[str, dict[str, tuple[int, int]]]) -> None:
-    """KEY.negative0.jpg belongs to KEY, unless a pair is really called KEY.negative0."""
-    for key in [key for key in pairs if ".negative" in key]:
-        owner, _, name = key.rpartition(".")
-        if NEGATIVE.fullmatch(name) and owner in pairs and pairs[key].keys() <= set(PICTURES):
-            pairs[owner].update({f"{name}.{suffix}": span for suffix, span in pairs.pop(key).items()})
-
-
-def _refuse(path: Path, summary: Summary, on_error: str) -> None:
+def _refuse(shard: Shard, summary: Summary, on_error: str) -> None:
     if not summary.count:
         raise UserError(
-            f"{path}: no pair of a picture ({', '.join(PICTURES)}) and a text ({', '.join(SHEETS)}) under one key; "
+            f"{shard}: no pair of a picture ({', '.join(PICTURES)}) and a text ({', '.join(SHEETS)}) under one key; "
             f"found members {', '.join(summary.names) or 'none'}, ...; `clipkit shards build` writes such shards"
         )
     if summary.problems and on_error == "raise":
         key, reason = summary.problems[0]
         raise UserError(
-            f"{path}: {len(summary.problems)} members cannot be used, the first: {key}: {reason}; "
+            f"{shard}: {len(summary.problems)} members cannot be used, the first: {key}: {reason}; "
             "mend the shard (clipkit shards check), or set data.on_error: skip"
         )
 
@@ -352,10 +234,26 @@ def _braces(name: str) -> list[str]:
         return [name]
     from braceexpand import braceexpand
 
-    return list(braceexpand(name))
+    try:
+        return list(braceexpand(name))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
-def _matches(name: str) -> list[Path]:
+def _place(shard: Shard) -> tuple[int, Sequence[str]]:
+    """Sorts shards: within a folder by name, so that the same shards get the same ids wherever they lie."""
+    if isinstance(shard, Path):
+        return 0, shard.parts
+    return (1, shard.url.split("/")) if isinstance(shard, Url) else (2, [shard.command])
+
+
+def _matches(name: str) -> Sequence[Shard]:
+    if name.startswith("pipe:"):
+        return [Pipe(name.removeprefix("pipe:").strip())]
+    if name.startswith("file://"):
+        name = url2pathname(urlsplit(name).path)
+    if "://" in name:
+        return _urls(name)
     path = Path(name).expanduser()
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
@@ -372,22 +270,10 @@ def _matches(name: str) -> list[Path]:
     return shards
 
 
-def _tracked(shards: list[Path]) -> Iterable[Path]:
-    from clipkit.data.build import tracked
-
-    return tracked(shards, "indexing shards", total=len(shards))
-
-
-def cache_folder(name: str) -> Path:
-    """`$CLIPKIT_CACHE/NAME`, by default ~/.cache/clipkit/NAME."""
-    return Path(os.environ.get("CLIPKIT_CACHE") or Path.home() / ".cache" / "clipkit") / name
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or not there, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o644)
-        file.write(data)
-    os.replace(temporary, path)
+def _urls(name: str) -> list[Url]:
+    listed = f"{name}*.tar" if name.endswith("/") else name
+    if not glob.has_magic(listed.partition("?")[0]):
+        return [Url(name)]
+    if found := remote.matching(listed):
+        return [Url(url) for url in found]
+    raise UserError(f"{name}: no such shard; the store lists nothing of that name")

@@ -20,7 +20,7 @@ from typing import Any
 
 from clipkit.data.build import tracked
 from clipkit.data.members import SHEETS, Unreadable, read_sheet
-from clipkit.data.shards import Index, expand, write_atomic
+from clipkit.data.shards import Index, Shard, expand, version, write_atomic
 from clipkit.errors import UserError
 from clipkit.negatives.filters import Usage, keep, usage_of
 from clipkit.registry import RULES
@@ -164,17 +164,17 @@ def _captions(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
             yield from read_sheet(index.read(id, SHEETS)).captions
 
 
-def _check_places(paths: list[Path], folder: Path) -> None:
+def _check_places(paths: Sequence[Shard], folder: Path) -> None:
     names = Counter(path.name for path in paths)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: {names[twice[0]]} shards have this name; make negatives folder by folder")
     for path in paths:
-        if path.resolve() == (folder / path.name).resolve():
+        if isinstance(path, Path) and path.resolve() == (folder / path.name).resolve():
             raise UserError(f"{folder}: the shards themselves lie here; choose another folder for the negatives")
 
 
-def _run(jobs: list[tuple[Path, Path, Recipe]], workers: int) -> Iterator[Report]:
+def _run(jobs: list[tuple[Shard, Path, Recipe]], workers: int) -> Iterator[Report]:
     """Reports of shards as they are finished."""
     if workers == 1 or len(jobs) < 2:
         yield from map(_make_shard, jobs)
@@ -189,11 +189,11 @@ def _run(jobs: list[tuple[Path, Path, Recipe]], workers: int) -> Iterator[Report
             yield future.result()
 
 
-def _make_shard(job: tuple[Path, Path, Recipe]) -> Report:
+def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
     """Write one shard and its line in the ledger."""
     source, target, recipe = job
     report = Report(shards=1)
-    index = Index.load(source)
+    index = Index.load(source, progress=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -236,7 +236,7 @@ def _ledger(target: Path) -> Path:
     return target.parent / LEDGER / f"{target.name}.json"
 
 
-def _finished(source: Path, target: Path, recipe: Recipe) -> Report | None:
+def _finished(source: Shard, target: Path, recipe: Recipe) -> Report | None:
     """The report of a shard that an earlier call finished with these settings."""
     file = _ledger(target)
     if not file.is_file() or not target.is_file():
@@ -255,14 +255,13 @@ def _finished(source: Path, target: Path, recipe: Recipe) -> Report | None:
     )
 
 
-def _stamp(source: Path, target: Path, recipe: Recipe) -> dict[str, Any]:
+def _stamp(source: Shard, target: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished shard was made from, and how."""
     usage = recipe.usage.mark if recipe.usage else ""
     settings = {"kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed, "usage": usage}
-    state = source.stat()
     return settings | {
         "rules": _rules_mark(),
-        "source": [state.st_size, state.st_mtime_ns],
+        "source": version(source),
         "size": target.stat().st_size,
     }
 

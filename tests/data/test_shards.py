@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from clipkit.data import indexing, tables
 from clipkit.data.build import write_shard
+from clipkit.data.check import index_shards
 from clipkit.data.shards import Index, TarFolder, expand, read_member, scan
 from clipkit.errors import UserError
 
@@ -117,6 +121,21 @@ def test_unexpected_names_are_named_at_once(write_tar: Writer) -> None:
     assert time.perf_counter() - began < 5
 
 
+def test_a_hopeless_shard_is_not_read_to_its_end(write_tar: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "HOPELESS", 50)
+    path = write_tar([(f"{i}.jpg", b"x") for i in range(5000)] + pair("0", "png"))
+    with pytest.raises(UserError, match=r"found members 0\.jpg, 1\.jpg"):
+        Index.load(path)
+    assert len(scan(path)[0]) == 50
+    assert len(scan(write_tar(pair("a") + [(f"{i}.jpg", b"x") for i in range(500)]))[0]) == 502
+
+
+def test_every_kind_of_member_is_named(write_tar: Writer) -> None:
+    path = write_tar([(f"{i}.picture", b"x") for i in range(90)] + [("0.caption", b"words")])
+    with pytest.raises(UserError, match=r"found members 0\.picture, 0\.caption, 1\.picture"):
+        Index.load(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no tar " * 1000, gzip.compress(b"x" * 9999), b"\0" * 100])
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content)
@@ -157,7 +176,7 @@ def test_the_second_start_reads_the_cache_and_a_changed_shard_is_seen(
     write_shard([sample(1)], shard)
     first = Index.load(shard)
     with monkeypatch.context() as patch:
-        patch.setattr("clipkit.data.shards.scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr("clipkit.data.tables._scan", lambda *_: pytest.fail("scanned again"))
         assert Index.load(shard).fingerprint == first.fingerprint and Index.load(shard).key(0) == "k00001"
     write_shard([sample(1), sample(2)], shard)
     second = Index.load(shard)
@@ -171,6 +190,125 @@ def test_a_shard_changed_while_in_use_is_an_error(tmp_path: Path) -> None:
     write_shard([sample(2)], shard)
     with pytest.raises(UserError, match="changed while in use"):
         index.read(0)
+
+
+def test_other_bytes_under_the_same_size_and_time_are_seen(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    write_shard([sample(1)], shard)
+    index, before = Index.load(shard), shard.stat()
+    write_shard([sample(2)], shard)
+    os.truncate(shard, before.st_size)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="changed while in use"):
+        index.read(0)
+    assert Index.load(shard).key(0) == "k00002"
+
+
+def test_what_is_indexed_now_is_said_once(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
+    Index.load(shard_folder)
+    said = capsys.readouterr()
+    assert said.err == f"indexing 3 shards (once; kept in {tmp_path / 'index'})\n" and not said.out
+    Index.load(shard_folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_says_how_far_it_is(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "again"))
+    monkeypatch.setattr(indexing, "EVERY_S", 0.0)
+    Index.load(shard_folder)
+    assert "indexed 2 of 3 shards, about 0 minutes left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_workers_and_a_second_call_goes_on(
+    shard_folder: Path, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(indexing, "WORTH", 1)
+    Index.load(shard_folder / "s-1.tar")
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "index").iterdir()}
+    found = Index.load(shard_folder, workers=workers)
+    assert found.fingerprint == index.fingerprint and found.read(22) == index.read(22)
+    assert len(first) == 1 and all(file.stat().st_mtime_ns == written for file, written in first.items())
+
+
+def test_one_bad_shard_ends_it_and_the_others_stay_indexed(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "WORTH", 1)
+    (tmp_path / "a.tar").write_bytes((shard_folder / "s-0.tar").read_bytes())
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 1000)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"b\.tar: not a plain tar"):
+            Index.load(tmp_path, workers=workers)
+    assert tables.kept_summary(tmp_path / "a.tar")
+
+
+def test_an_index_beside_the_shard(shard_folder: Path, index: Index, tmp_path: Path, monkeypatch: Any) -> None:
+    """It goes where the shard goes, and there is nothing to scan."""
+    for shard in index.shards:
+        shutil.copy(shard, tmp_path)  # other times than the shard it comes from
+    assert index_shards(tmp_path, workers=2, beside=True)["samples"] == 23
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.tar.index.json")}
+    assert [file.name for file in sorted(written)] == [f"s-{i}.tar.index.json" for i in range(3)]
+    shutil.copytree(tmp_path, tmp_path / "elsewhere")
+    with monkeypatch.context() as patch:
+        patch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+        patch.setattr(tables, "_scan", lambda *_: pytest.fail("scanned"))
+        found = Index.load(tmp_path / "elsewhere")
+        assert found.fingerprint == index.fingerprint and found.read(9) == index.read(9)
+    index_shards(tmp_path, beside=True)
+    assert written == {file: file.stat().st_mtime_ns for file in written}
+
+
+FOREIGN: dict[str, Callable[[dict], Any]] = {
+    "no JSON": lambda sheet: "no JSON",
+    "a list": lambda sheet: [],
+    "deep": lambda sheet: "[" * 100_000,
+    "older form": lambda sheet: sheet | {"format": 1},
+    "other size": lambda sheet: sheet | {"size": 5},
+    "other bytes": lambda sheet: sheet | {"head": "0" * 32},
+    "nothing": lambda sheet: {},
+    "no spans": lambda sheet: sheet | {"table": sheet["table"] | {"spans": []}},
+    "beyond": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [1 << 40, 9, *sheet["table"]["spans"][2:]]}},
+    "overflow": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [1 << 80, 9, *sheet["table"]["spans"][2:]]}},
+    "below": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [-5, 9, *sheet["table"]["spans"][2:]]}},
+    "negative": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [5, -9, *sheet["table"]["spans"][2:]]}},
+    "fractions": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [5.5, 9, *sheet["table"]["spans"][2:]]}},
+    "other offsets": lambda sheet: sheet | {"table": sheet["table"] | {"spans": [5, 9, *sheet["table"]["spans"][2:]]}},
+    "keys no texts": lambda sheet: sheet | {"table": sheet["table"] | {"keys": [1] * len(sheet["table"]["keys"])}},
+    "no picture": lambda sheet: sheet | {"table": sheet["table"] | {"suffixes": ["bin", "json", "txt"]}},
+    "count": lambda sheet: sheet | {"summary": sheet["summary"] | {"count": 10**12}},
+    "problems": lambda sheet: sheet | {"summary": sheet["summary"] | {"problems": [["a"]]}},
+    "problems no texts": lambda sheet: sheet | {"summary": sheet["summary"] | {"problems": [[{}, []]]}},
+    "fingerprint": lambda sheet: sheet | {"summary": sheet["summary"] | {"fingerprint": 3}},
+    "large": lambda sheet: "x" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_index_beside_the_shard_is_not_believed(
+    shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shard = Path(shutil.copy(shard_folder / "s-0.tar", tmp_path))
+    index_shards(shard, beside=True)
+    file = tmp_path / "s-0.tar.index.json"
+    foreign = FOREIGN[name](json.loads(file.read_text()))
+    file.write_text(foreign if isinstance(foreign, str) else json.dumps(foreign))
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    found = Index.load(shard)
+    assert found.fingerprint == Index.load(shard_folder / "s-0.tar").fingerprint
+    assert [found.key(i) for i in range(len(found))] == [f"k{i:05d}" for i in range(7)]
+
+
+def test_nothing_is_written_beside_what_cannot_be_written(shard_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="where the shard lies as a file"):
+        index_shards(f"pipe:cat {shard_folder}/s-0.tar", beside=True)
 
 
 def test_no_cache_folder_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

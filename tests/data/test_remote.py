@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
 import random
 import re
@@ -27,7 +26,7 @@ from clipkit.data.check import check_shards, index_shards, show_shard
 from clipkit.data.decode import Preprocess
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan
-from clipkit.data.shards import Index, Pipe, Url, expand
+from clipkit.data.shards import Index, Url, expand
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from tests.server import Handler, Server, Trouble, serving
@@ -416,62 +415,6 @@ def test_a_missing_library_is_named(scheme: str, package: str, monkeypatch: pyte
     assert package in message and "clipkit[remote]" in message
 
 
-# -- commands
-
-
-def test_a_command_is_run_once(shard_folder: Path, index: Index, tmp_path: Path, haste: Path) -> None:
-    log = tmp_path / "log"
-    patterns = f"pipe:echo run >> {log}; cat {shard_folder}/s-{{0..2}}.tar"
-    assert_same(Index.load(patterns), index)
-    assert_same(Index.load(patterns), index)
-    assert log.read_text() == "run\n" * 3
-    copies = list((haste / "shards").iterdir())
-    sizes = sorted(shard.stat().st_size for shard in index.shards)  # type: ignore[union-attr]
-    assert sorted(copy.stat().st_size for copy in copies) == sizes
-    copies[0].unlink()
-    assert_same(Index.load(patterns), index)
-    assert log.read_text() == "run\n" * 4
-
-
-def test_names_of_commands() -> None:
-    assert Pipe("aws s3 cp s3://bucket/a/x-001.tar -").name == "x-001.tar"
-    assert Pipe("cat 'x-1.tar' | tail -c +1").stem == "x-1"
-    assert Pipe("make_data 1").name != Pipe("make_data 2").name
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("echo oh no >&2; exit 3", "ended with status 3: oh no"),
-        ("cat /nowhere/x.tar", "status 1"),
-        ("true", "not a plain tar"),
-        ("echo words", "not a plain tar"),
-    ],
-)
-def test_commands_that_fail(command: str, said: str, haste: Path) -> None:
-    assert said in refused(f"pipe:{command}")
-    assert not list(haste.glob("shards/.*"))
-
-
-def test_a_silent_command_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(storage, "SILENCE_S", 0.1)
-    monkeypatch.setattr(storage, "COPY_TRIES", 2)
-    assert "wrote nothing" in refused(f"pipe:sleep 300 & echo $! >> {tmp_path}/pids; wait")
-    for pid in (tmp_path / "pids").read_text().split():
-        assert gone(int(pid))
-
-
-def gone(pid: int) -> bool:
-    for _ in range(200):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def test_commands_in_data_are_never_run(own: Server, tmp_path: Path) -> None:
     """A member, a key or a file beside a shard that looks like a command is only a text."""
     evil = f"pipe:touch {tmp_path}/evil"
@@ -492,24 +435,6 @@ def test_blocks_make_room_for_others(own: Server, monkeypatch: pytest.MonkeyPatc
         assert_same(found, expected)
         kept = sum(file.stat().st_size for file in (haste / "blocks").rglob("*") if file.is_file())
         assert 0 < kept <= 4096 + storage.EVERY * 512
-
-
-def test_a_copy_that_does_not_fit_is_refused(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPKIT_CACHE_BYTES", "12_000")
-    assert "raise CLIPKIT_CACHE_BYTES" in refused(f"pipe:cat {shard_folder}/s-2.tar")
-    monkeypatch.setenv("CLIPKIT_CACHE_BYTES", "plenty")
-    assert "number of bytes" in refused(f"pipe:cat {shard_folder}/s-1.tar")
-
-
-def test_copies_that_are_not_in_use_make_room(shard_folder: Path, monkeypatch: pytest.MonkeyPatch, haste: Path) -> None:
-    size = (shard_folder / "s-1.tar").stat().st_size
-    monkeypatch.setenv("CLIPKIT_CACHE_BYTES", str(size + 100))
-    Index.load(f"pipe:cat {shard_folder}/s-1.tar")
-    assert "does not fit" in refused(f"pipe:true; cat {shard_folder}/s-1.tar")
-    (copy,) = (haste / "shards").iterdir()
-    os.utime(copy, (1, 1))
-    assert len(Index.load(f"pipe:true; cat {shard_folder}/s-1.tar")) == 1
-    assert not copy.exists()
 
 
 def test_nowhere_to_keep_blocks(own: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

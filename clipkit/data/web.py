@@ -1,23 +1,24 @@
-"""Byte ranges over http(s): connections kept open between requests, redirects, proxies, a deadline for everything.
+"""Byte ranges over http(s), through urllib3: pooled connections, redirects, proxies; and a deadline for every answer.
 
 Each call is one attempt. Transient is what another attempt may mend; UserError is what it cannot.
 """
 
 from __future__ import annotations
 
-import atexit
-import base64
 import os
 import socket
 import ssl
 import time
 import urllib.request
-from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
+
+import urllib3
+from urllib3 import exceptions
+from urllib3.response import BaseHTTPResponse
 
 import clipkit
 from clipkit.errors import UserError
@@ -27,7 +28,6 @@ TIMEOUT_S = 30.0
 SLOWEST = 64 * 1024
 """Bytes a second: an answer that comes slower than this is given up."""
 CHUNK = 1 << 20
-REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 8
 MAX_IDLE = 32
 """Connections kept open to one host."""
@@ -63,21 +63,23 @@ def get_range(url: str, offset: int, size: int) -> Answer:
         if response.status == 416:  # an empty file has no first byte
             return Answer(_total(response), _version(response), True, b"")
         if response.status != 206 or _total(response) < 0:
-            length = response.getheader("Content-Length", "")
+            length = response.headers.get("Content-Length", "")
             return Answer(int(length) if length.isdigit() else -1, _version(response), False, b"")
         expected = max(0, min(size, _total(response) - offset))
-        if not response.getheader("Content-Range", "").startswith(f"bytes {offset}-"):
-            raise Transient(f"asked for bytes from {offset}, got {response.getheader('Content-Range')}")
-        return Answer(_total(response), _version(response), True, _body(response, expected))
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+            raise Transient(f"asked for bytes from {offset}, got {response.headers.get('Content-Range')}")
+        data = b"".join(_pieces(response, expected))
+        if len(data) != expected:
+            raise Transient(f"{len(data)} of {expected} bytes came")
+        return Answer(_total(response), _version(response), True, data)
 
 
 def get_whole(url: str, limit: int = 0) -> Iterator[bytes]:
     """The file in pieces. Raises Transient when it ends early, UserError beyond `limit` bytes (0: none)."""
     with _asked(url, {}) as response:
-        length, seen, began = response.getheader("Content-Length", ""), 0, time.monotonic()
-        while piece := _piece(response, CHUNK):
+        length, seen = response.headers.get("Content-Length", ""), 0
+        for piece in _pieces(response):
             seen += len(piece)
-            _on_time(began, seen)
             if limit and seen > limit:
                 raise UserError(f"{shown(url)}: larger than {limit} bytes")
             yield piece
@@ -86,50 +88,62 @@ def get_whole(url: str, limit: int = 0) -> Iterator[bytes]:
 
 
 @contextmanager
-def _asked(url: str, headers: Mapping[str, str]) -> Iterator[HTTPResponse]:
+def _asked(url: str, headers: Mapping[str, str]) -> Iterator[BaseHTTPResponse]:
     """The answer to a GET, after redirects. Its connection is kept if the answer was read to its end."""
-    for _ in range(MAX_REDIRECTS):
-        parts = urlsplit(url)
-        connection, response = _exchange(url, parts, headers)
-        if response.status not in REDIRECTS:
-            break
-        _keep(parts, connection, response)
-        url = urljoin(url, response.getheader("Location", ""))
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"{shown(url)}: redirected to where http does not lead")
-    else:
-        raise UserError(f"{shown(url)}: redirected more than {MAX_REDIRECTS} times")
+    response = None
     try:
+        parts = urlsplit(url)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+        response = _pool(os.getpid(), _proxy(parts.scheme, parts.hostname or "")).request(
+            "GET",
+            bare,
+            headers=_common(parts.username, parts.password) | headers,
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=TIMEOUT_S, read=TIMEOUT_S),
+        )
         _refuse(url, response)
         yield response
-    except (OSError, HTTPException) as error:
+    except (OSError, ValueError, exceptions.HTTPError) as error:
         raise _blame(url, error) from None
     finally:
-        _keep(parts, connection, response)
+        if response is not None:
+            if response.length_remaining == 0:  # type: ignore[attr-defined]
+                response.drain_conn()  # nothing is left, but an answer without a body was never read
+            else:
+                response.close()
 
 
-def _exchange(url: str, parts: SplitResult, headers: Mapping[str, str]) -> tuple[HTTPConnection, HTTPResponse]:
-    kept = _IDLE[_place(parts)]
-    while True:
-        try:
-            connection, used = kept.pop(), True
-        except IndexError:
-            connection, used = _connection(parts), False
-        try:
-            connection.request("GET", _target(parts), headers={**_common(parts), **headers})
-            return connection, connection.getresponse()
-        except (OSError, HTTPException, ValueError) as error:
-            connection.close()
-            if not used or isinstance(error, TimeoutError):  # a kept one may have been closed at the other end
-                raise _blame(url, error) from None
+@lru_cache(16)
+def _pool(_pid: int, proxy: str) -> urllib3.PoolManager:
+    """One for each process: a connection must not be used on both sides of a fork."""
+    # Trying again is left to the caller, who knows what is worth it and what the pauses add up to.
+    once = urllib3.Retry(
+        total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS, respect_retry_after_header=False
+    )
+    if proxy:
+        return urllib3.ProxyManager(proxy, maxsize=MAX_IDLE, retries=once)
+    return urllib3.PoolManager(maxsize=MAX_IDLE, retries=once)
 
 
-def _refuse(url: str, response: HTTPResponse) -> None:
+def _proxy(scheme: str, host: str) -> str:
+    """The proxy that the environment names for this address; empty for none."""
+    proxy = urllib.request.getproxies().get(scheme, "")
+    return "" if not proxy or urllib.request.proxy_bypass(host) else proxy
+
+
+def _common(user: str | None, password: str | None) -> dict[str, str]:
+    secret = f"{unquote(user)}:{unquote(password or '')}" if user else None
+    return {"Accept-Encoding": "identity", **urllib3.make_headers(basic_auth=secret)} | {
+        "User-Agent": f"clipkit/{clipkit.__version__}"
+    }
+
+
+def _refuse(url: str, response: BaseHTTPResponse) -> None:
     status, where = response.status, shown(url)
     if status in (200, 206, 416):
         return
     if status in (408, 425, 429) or status >= 500:
-        wait = response.getheader("Retry-After", "")
+        wait = response.headers.get("Retry-After", "")
         raise Transient(f"the server answered {status} {response.reason}", float(wait) if wait.isdigit() else 0.0)
     if status in (404, 410):
         raise UserError(f"{where}: no such file ({status} {response.reason}); check the address")
@@ -142,100 +156,46 @@ def _refuse(url: str, response: HTTPResponse) -> None:
 
 
 def _blame(url: str, error: Exception) -> Exception:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return UserError(f"{shown(url)}: the server's certificate is not trusted ({error.verify_message})")
-    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-        return UserError(f"{shown(url)}: no host of that name ({error.strerror})")
-    if isinstance(error, ValueError) and not isinstance(error, HTTPException):  # a port of 99999, a space in the path
-        return UserError(f"{shown(url)}: no address of a file ({error})")
-    return Transient(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    if isinstance(error, UserError):
+        return error
+    reason = _innermost(error)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return UserError(f"{shown(url)}: the server's certificate is not trusted ({reason.verify_message})")
+    if isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN:
+        return UserError(f"{shown(url)}: no host of that name ({reason.strerror})")
+    if isinstance(reason, exceptions.ResponseError):
+        return UserError(f"{shown(url)}: redirected more than {MAX_REDIRECTS} times")
+    if isinstance(reason, exceptions.IncompleteRead):
+        return Transient(f"{reason.partial} of {reason.partial + reason.expected} bytes came")
+    if isinstance(reason, ValueError):  # urllib3's faults of an address are ValueErrors, too
+        return UserError(f"{shown(url)}: no address of a file ({reason})")
+    return Transient(f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__)
 
 
-def _body(response: HTTPResponse, size: int) -> bytes:
-    began, pieces, left = time.monotonic(), [], size
-    while left:
-        piece = _piece(response, left)
-        if not piece:
-            raise Transient(f"{size - left} of {size} bytes came")
-        pieces.append(piece)
-        left -= len(piece)
-        _on_time(began, size - left)
-    return b"".join(pieces)
+def _innermost(error: BaseException) -> BaseException:
+    """What urllib3 wraps: as its reason, its cause, or its last argument."""
+    while True:
+        wrapped = [getattr(error, "reason", None), error.__cause__, *reversed(error.args)]
+        inner = next((one for one in wrapped if isinstance(one, BaseException)), None)
+        if inner is None:
+            return error
+        error = inner
 
 
-def _on_time(began: float, seen: int) -> None:
-    if time.monotonic() - began > TIMEOUT_S + seen / SLOWEST:
-        raise Transient(f"{seen} bytes came in {time.monotonic() - began:.0f} s")
+def _pieces(response: BaseHTTPResponse, size: int = -1) -> Iterator[bytes]:
+    """What comes, as it comes, up to `size` bytes (-1: all)."""
+    began, seen = time.monotonic(), 0
+    while seen != size and (piece := response.read1(min(CHUNK, size - seen) if size >= 0 else CHUNK)):
+        yield piece
+        seen += len(piece)
+        if time.monotonic() - began > TIMEOUT_S + seen / SLOWEST:
+            raise Transient(f"{seen} bytes came in {time.monotonic() - began:.0f} s")
 
 
-def _piece(response: HTTPResponse, size: int) -> bytes:
-    return response.read1(min(size, CHUNK))  # what is there; read() would wait for all of it, however long it takes
-
-
-def _total(response: HTTPResponse) -> int:
-    total = response.getheader("Content-Range", "").rpartition("/")[2]
+def _total(response: BaseHTTPResponse) -> int:
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
     return int(total) if total.isdigit() else -1
 
 
-def _version(response: HTTPResponse) -> str:
-    return response.getheader("ETag") or response.getheader("Last-Modified") or ""
-
-
-def _common(parts: SplitResult) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"clipkit/{clipkit.__version__}"}
-    if parts.username:
-        secret = f"{parts.username}:{parts.password or ''}".encode()
-        headers["Authorization"] = f"Basic {base64.b64encode(secret).decode()}"
-    return headers
-
-
-def _proxy(parts: SplitResult) -> SplitResult | None:
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    return urlsplit(proxy) if proxy and not urllib.request.proxy_bypass(parts.hostname or "") else None
-
-
-def _connection(parts: SplitResult) -> HTTPConnection:
-    proxy = _proxy(parts)
-    end = proxy or parts
-    if not end.hostname:
-        raise UserError(f"{shown(parts.geturl())}: names no host")
-    kind = HTTPSConnection if parts.scheme == "https" and not (proxy and proxy.scheme != "http") else HTTPConnection
-    try:
-        connection = kind(end.hostname, end.port, timeout=TIMEOUT_S)
-        if proxy and parts.scheme == "https":
-            connection.set_tunnel(str(parts.hostname), parts.port)
-    except ValueError as error:
-        raise UserError(f"{shown(parts.geturl())}: no address of a file ({error})") from None
-    return connection
-
-
-def _target(parts: SplitResult) -> str:
-    local = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-    if parts.scheme == "http" and _proxy(parts):
-        return f"http://{parts.netloc.rpartition('@')[2]}{local}"
-    return local
-
-
-def _place(parts: SplitResult) -> tuple[int, str, str]:
-    return os.getpid(), parts.scheme, parts.netloc  # a connection must not be used on both sides of a fork
-
-
-_IDLE: dict[tuple[int, str, str], deque[HTTPConnection]] = defaultdict(deque)
-
-
-def _keep(parts: SplitResult, connection: HTTPConnection, response: HTTPResponse) -> None:
-    kept = _IDLE[_place(parts)]
-    whole = (response.isclosed() or response.length == 0) and not response.will_close
-    response.close()
-    if whole and len(kept) < MAX_IDLE:
-        kept.append(connection)
-    else:
-        connection.close()
-
-
-@atexit.register
-def close_idle() -> None:
-    """Close the connections that wait for another request."""
-    for kept in _IDLE.values():
-        while kept:
-            kept.pop().close()
+def _version(response: BaseHTTPResponse) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""

@@ -22,11 +22,12 @@ import pytest
 from clipkit.config import DataConfig
 from clipkit.data import remote, storage, tables, web
 from clipkit.data.build import Sample, write_shard, write_shards
-from clipkit.data.check import check_shards, index_shards, show_shard
+from clipkit.data.check import check_shards, index_shards
 from clipkit.data.decode import Preprocess
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index, Url, expand
+from clipkit.data.sheet import show_shard
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from tests.server import Handler, Server, Trouble, serving
@@ -253,7 +254,7 @@ def test_no_server_and_no_host() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         assert "ConnectionRefusedError" in refused(f"http://127.0.0.1:{port}/x.tar")
-    assert "names no host" in refused("http:///x.tar")
+    assert "No host specified" in refused("http:///x.tar")
     assert "no address" in refused("http://127.0.0.1:99999/x.tar")
 
 
@@ -339,7 +340,7 @@ def test_redirects_proxies_and_names_are_followed(own: Server, monkeypatch: pyte
     own.trouble = lambda request, *_: request.say(302, Location="/again.tar") or True
     assert "redirected" in refused(f"{own.url}/loop.tar")
     own.trouble = lambda request, *_: request.say(302, Location="ftp://here/x.tar") or True
-    assert "redirected" in refused(f"{own.url}/ftp.tar")
+    assert "scheme ftp" in refused(f"{own.url}/ftp.tar")
     own.trouble = None
     monkeypatch.setenv("http_proxy", own.url)
     monkeypatch.setenv("no_proxy", "")

@@ -24,6 +24,7 @@ from clipkit.data.pace import pace
 from clipkit.data.reader import group_number
 from clipkit.data.repeats import Repeats, hash_of
 from clipkit.data.shards import Index
+from clipkit.data.storage import stamp
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 
@@ -98,7 +99,7 @@ def statistics(
     negatives = max(tally.negatives)
     return {
         "shards": len(index.shards),
-        "bytes": sum(shard.stat().st_size for shard in index.shards),
+        "bytes": sum(stamp(shard)["size"] for shard in index.shards),
         "pairs": len(index),
         "sample": None if isinstance(ids, range) else {"pairs": len(ids), "seed": seed},
         "unreadable": dict(tally.unreadable),

@@ -27,8 +27,8 @@ from clipkit.errors import UserError
 FORMAT = 3
 """Raised whenever the kept form of an index changes."""
 BLOCK = 512
-HOPELESS = 5000
-"""So many members at the start of a shard without one pair among them, and the rest is not read."""
+HOPELESS, HOPELESS_AFAR = 100_000, 5_000
+"""A shard (here, behind a URL) whose first members make no pair is given up: the answer should take seconds."""
 NEGATIVE = re.compile(r"negative\d+")
 """The picture of a hard negative: KEY.negative0.jpg."""
 EXAMPLES = 6
@@ -70,21 +70,21 @@ class Table:
 def scan(shard: Shard) -> tuple[list[Member], str | None]:
     """A tar's regular files in file order, and "truncated tar" if it was cut off. Raises UserError if it is no tar.
 
-    After HOPELESS members that make no pair the others are left out: that answer should not take minutes.
+    After HOPELESS members that make no pair the others are left out.
     """
     return _scan(shard, storage.stamp(shard))
 
 
 def _scan(shard: Shard, stamp: dict[str, Any]) -> tuple[list[Member], str | None]:
     members: list[Member] = []
-    length = stamp["size"]
+    length, hopeless = stamp["size"], HOPELESS if isinstance(shard, Path) else HOPELESS_AFAR
     try:
         with storage.for_headers(shard, stamp) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with suppress(tarfile.ReadError, EOFError):  # cut off: seen below, where the archive ends
                 for entry in tar:
                     if entry.isreg() and not entry.issparse():
                         members.append(Member(entry.name.removeprefix("./"), entry.offset_data, entry.size))
-                        if len(members) == HOPELESS and not group(members, None)[0].count:
+                        if len(members) == hopeless and not group(members, None)[0].count:
                             return members, None
             file.seek(tar.offset)
             closed = file.read(BLOCK) == bytes(BLOCK)

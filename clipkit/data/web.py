@@ -97,7 +97,7 @@ def _asked(url: str, headers: Mapping[str, str]) -> Iterator[BaseHTTPResponse]:
         response = _pool(os.getpid(), _proxy(parts.scheme, parts.hostname or "")).request(
             "GET",
             bare,
-            headers=_common(parts.username, parts.password) | headers,
+            headers={**_common(parts.username, parts.password), **headers},
             preload_content=False,
             timeout=urllib3.Timeout(connect=TIMEOUT_S, read=TIMEOUT_S),
         )

@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+RUNS := .venv/.runs
 READY := .venv/.ready
 
 # Compiled files are kept even where the environment says not to: without them every start of clipkit takes 7 s longer.
@@ -26,7 +27,7 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-demo: $(READY)  ## the whole chain on a generated world: data, negatives, two trainings, report
+demo: $(RUNS)  ## the whole chain on a generated world: data, negatives, two trainings, report
 	$(BIN)/clipkit demo
 
 setup: $(READY)  ## only the virtual environment (.venv)
@@ -36,10 +37,15 @@ clean:  ## remove the virtual environment and caches
 
 # Made anew whenever pyproject.toml changes, so that what runs is what is declared. Bytecode is made on first use: half a
 # minute less.
-$(READY): pyproject.toml
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "clipkit needs Python >= 3.10; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-compile --editable .
+	touch $@
+
+# What tests and checks need beside it.
+$(READY): $(RUNS)
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@

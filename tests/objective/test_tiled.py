@@ -289,7 +289,7 @@ def test_infonce_passes_its_other_tests_in_tiles():
             test_terms.test_without_negatives_it_is_the_plain_form(case)
             test_terms.test_swapping_negatives_between_pairs(case, "own" in case)
         test_terms.test_captions_of_the_same_picture_are_no_negatives("infonce")
-        test_terms.test_one_picture_only()
+        test_terms.test_one_picture_only("infonce none")
         test_terms.test_closed_forms()
         test_terms.test_negatives_equal_to_their_caption()
         test_terms.test_identical_embeddings()

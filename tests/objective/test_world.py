@@ -69,7 +69,15 @@ def test_ranks_equal_one_process(world: int):
 
 
 def gathered(rank: int, world: int) -> dict[str, Any]:
-    whole = replace(ragged(), negative_image=torch.randn(8, 2, 6, generator=torch.Generator().manual_seed(5)))
+    generator = torch.Generator().manual_seed(5)
+    whole = replace(
+        ragged(),
+        negative_image=torch.randn(8, 2, 6, generator=generator),
+        negative_image_valid=torch.rand(8, 2, generator=generator) < 0.5,
+        positive_text=torch.randn(8, 4, 6, generator=generator),
+        positive_valid=torch.rand(8, 4, generator=generator) < 0.5,
+        negative_kind=torch.randint(-1, 2**62, (8, 3), generator=generator),
+    )
     local = share(whole, rank, world)
     assert local.teacher is not None
     leaves(local, teacher=True)

@@ -6,6 +6,9 @@ same for any number of workers and ranks and wherever one starts. Axes: n pairs,
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +29,8 @@ from clipkit.data.stack import stack
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler may send to a job whose time is up."""
 FIRST = 64
 """Pairs read ahead of everything else, so that what is wrong with the data is said at once."""
 
@@ -63,7 +68,7 @@ class Loader:
             batch_size=None,
             num_workers=min(self.workers, stop - start),
             collate_fn=_as_it_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: the loader must not draw from the generator that training uses
         )
@@ -108,5 +113,14 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # the ranks' workers share the cores; a forked pool of threads would not run anyway
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """A signal that ends a job reaches all its processes; the trainer still needs batches for its last step."""
+    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
+        pass
+    os._exit(0)

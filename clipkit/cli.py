@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command runs, so `clipkit --help` is instant.
 
-Exit status: 0 success; 2 the user's mistake, one message on standard error; 130 interrupted; 1 ours, with a traceback.
+Exit status: 0 success; 2 the user's mistake, one message on standard error; 130 interrupted; 1 ours, with a traceback;
+`guard.requeue_code` (75) a training that was told to stop and has saved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typer.core import TyperGroup
 
 import clipkit
 from clipkit.commands import data, evaluation, runs
-from clipkit.errors import UserError
+from clipkit.errors import Stopped, UserError
 
 
 class Commands(TyperGroup):
@@ -26,6 +27,9 @@ class Commands(TyperGroup):
         except UserError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(2) from None
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(stopped.code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

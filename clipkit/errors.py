@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and the nearest valid name for a misspelt one."""
+"""The one exception for a user's mistake, the one for a run told to stop, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A mistake the user can mend: says what, where, what was found and what to do. Exit status 2, no traceback."""
+
+
+class Stopped(Exception):
+    """A run was told to stop, has saved and can be resumed; `code` is the exit status that says so."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

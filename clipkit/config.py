@@ -175,6 +175,15 @@ class EngineConfig(Section):
     """A collective that waits longer than this ends the job."""
 
 
+class GuardConfig(Section):
+    """What a run does about steps that would spoil it, and when it is told to stop."""
+
+    patience: Positive = 3
+    """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its newest checkpoint."""
+    requeue_code: Annotated[int, Field(ge=1, le=255)] = 75
+    """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -193,6 +202,7 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
     log_every: Positive = 10
     """Steps between two lines of the log."""
     log_samples: bool = False

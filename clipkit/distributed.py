@@ -64,6 +64,14 @@ def all_gather(x: Tensor) -> Tensor:
     return _AllGather.apply(x)  # type: ignore[return-value]
 
 
+def anywhere(flags: Tensor) -> list[bool]:
+    """Which of the bool `flags` (n) are up on any rank, the same list on every rank. Waits for the device."""
+    if active():
+        flags = flags.to(torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's picklable `value`, in rank order, on every rank. For small things between our own ranks only."""
     if not active():

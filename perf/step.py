@@ -121,7 +121,8 @@ def clipkit_step(name: str, pixels: Tensor, captions: list[str]) -> Step:
     def step() -> None:
         z = engine.embed(batch)
         z.teacher = teacher.embed(batch)
-        engine.step(objective(z.world(), config.objective)[0])
+        engine.backward(objective(z.world(), config.objective)[0])
+        engine.update()
         teacher.update(engine.bare)
 
     return step

@@ -31,9 +31,13 @@ class Objective:
             name: build(name, {key: value for key, value in settings.items() if key != "weight"})
             for name, settings in terms.items()
         }
+        self._before: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, z: Embeddings) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The sum, and each term unweighted, without gradient. `z` holds the global tables: pass `z.world()`."""
+        self._before = {
+            name: {key: value.clone() for key, value in term.state().items()} for name, term in self._stateful().items()
+        }
         values = {name: term(z) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         # DDP waits for the gradient of every parameter: a scale or bias that no term asks for gets 0.
@@ -41,6 +45,11 @@ class Objective:
             if isinstance(learned, Tensor):
                 total = total + 0.0 * learned.sum()
         return total, {name: value.detach() for name, value in values.items()}
+
+    def undo(self) -> None:
+        """Let the terms forget the last batch, whose step was skipped."""
+        for name, state in self._before.items():
+            self.terms[name].load_state(state)
 
     def state(self) -> dict[str, Tensor]:
         """What the terms remember, as `TERM.NAME`; the same on every rank."""

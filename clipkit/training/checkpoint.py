@@ -5,7 +5,7 @@
       teacher.safetensors                when there is one
       terms.safetensors                  when there is one that remembers something
       optimizer.safetensors              moments by parameter name, in full, whatever the engine shards
-      state.json                         step, position in the data, resolved config
+      state.json                         step, position in the data, what the guard counted, config
       rng_0.safetensors …                one per rank
 
 Everything is written into a hidden folder first and renamed when complete, so a killed save leaves no half
@@ -17,9 +17,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,45 +37,130 @@ from clipkit.model.teacher import Teacher
 from clipkit.model.weights import weights_into
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
+from clipkit.training.guard import Guard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BESIDE_BYTES = 1_000_000
+"""Room for everything small: headers, random states, the config."""
 
 
-def save(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    teacher: Teacher | None,
-    objective: Objective,
-    config: Config,
-    position: dict,
-) -> Path:
-    """Write the checkpoint of `step` into the run folder. All ranks call this together."""
-    final = folder / "checkpoints" / f"step_{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
-    if distributed.is_main():
+@dataclass
+class Checkpoints:
+    """Writes down and brings back all that a run is made of. Every rank calls each method, together."""
+
+    folder: Path
+    """The run's."""
+    config: Config
+    plan: Plan | Mixture
+    engine: Engine
+    teacher: Teacher | None
+    objective: Objective
+    guard: Guard
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of `step`. Raises UserError when there is no room; nothing half is left then."""
+        final = self.folder / "checkpoints" / f"step_{step:08d}"
+        partial = final.with_name(f".{final.name}.partial")
+        tables = self._tables()
+        self._together(final, partial, lambda: self._prepare(partial, tables))
+        self._together(final, partial, lambda: self._write(step, partial, tables))
+        if distributed.is_main():
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in whole_checkpoints(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        distributed.barrier()
+        return final
+
+    def restore(self) -> int:
+        """Bring everything back to the newest checkpoint of the run; returns its step, 0 when there is none."""
+        whole = whole_checkpoints(self.folder)
+        if not whole:
+            return 0
+        last = whole[-1]
+        state = _state(last)
+        try:
+            step = self.plan.step_of(state["position"])
+        except UserError as error:
+            raise UserError(
+                f"{last}: {error}; "
+                "restore the shards, or start a new run that begins from this checkpoint with model.start"
+            ) from None
+        self.guard.load_state(state["guard"])
+        self._load(last)
+        return step
+
+    def roll_back(self) -> int:
+        """Bring all but the position in the data back to the newest checkpoint from before the skipped steps.
+
+        Returns its step. Raises UserError when there is none, or when the run has gone back to it before.
+        """
+        states = {path: _state(path) for path in whole_checkpoints(self.folder)}
+        before = [path for path, state in states.items() if not state["guard"]["streak"]]
+        self.guard.go_back(states[before[-1]]["guard"]["updates"] if before else None)
+        self._load(before[-1])
+        return states[before[-1]]["step"]
+
+    def _tables(self) -> dict[str, dict[str, Tensor]]:
+        """What is written beside the student, by file name; every rank takes part in gathering what ZeRO shards."""
+        tables = {"optimizer": _moments(self.engine) if self.guard.updates else {}}
+        if self.teacher:
+            tables["teacher"] = self.teacher.state()
+        if remembered := self.objective.state():
+            tables["terms"] = remembered
+        return tables
+
+    def _together(self, final: Path, partial: Path, work: Callable[[], None]) -> None:
+        """Do this rank's part of the work; where a rank cannot write, all raise the same UserError."""
+        problem = ""
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        problems = [found for found in distributed.gather_objects(problem) if found]
+        if problems:
+            if distributed.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            whole = whole_checkpoints(self.folder)
+            stays = f"{whole[-1].name} stays as it was" if whole else "no checkpoint from before"
+            raise UserError(f"{final}: cannot be written: {problems[0]}; {stays}; make room and go on with --resume")
+
+    def _prepare(self, partial: Path, tables: dict[str, dict[str, Tensor]]) -> None:
+        if not distributed.is_main():
+            return
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    distributed.barrier()
-    moments = _moments(engine)  # every rank takes part in gathering what ZeRO shards
-    save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
-    if distributed.is_main():
-        save_model(engine.bare, partial)
-        save_file(moments, partial / "optimizer.safetensors")
-        if teacher:
-            save_file(teacher.state(), partial / "teacher.safetensors")
-        if remembered := objective.state():
-            save_file(remembered, partial / "terms.safetensors")
-        state = {"step": step, "position": position, "config": config.model_dump(mode="json")}
+        every = [self.engine.bare.state_dict(), *tables.values()]
+        needed = sum(x.numel() * x.element_size() for table in every for x in table.values()) + BESIDE_BYTES
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
+
+    def _write(self, step: int, partial: Path, tables: dict[str, dict[str, Tensor]]) -> None:
+        save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
+        if not distributed.is_main():
+            return
+        save_model(self.engine.bare, partial)
+        for name, table in tables.items():
+            save_file(table, partial / f"{name}.safetensors")
+        state = {
+            "step": step,
+            "position": self.plan.position(step),
+            "guard": self.guard.state(),
+            "config": self.config.model_dump(mode="json"),
+        }
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-    distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in whole_checkpoints(folder)[: -config.keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
-    return final
+
+    def _load(self, path: Path) -> None:
+        weights_into(self.engine.bare, path)
+        if self.teacher:
+            self.teacher.load_state(load_file(path / "teacher.safetensors"))
+        terms = path / "terms.safetensors"
+        self.objective.load_state(load_file(terms) if terms.is_file() else {})
+        _restore_moments(self.engine, load_file(path / "optimizer.safetensors"), self.guard.updates)
+        rng = path / f"rng_{distributed.rank()}.safetensors"
+        if rng.is_file():  # absent on ranks that the saving world did not have
+            torch.set_rng_state(load_file(rng)["torch"])
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -79,29 +168,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*"))
 
 
-def restore(folder: Path, engine: Engine, teacher: Teacher | None, objective: Objective, plan: Plan | Mixture) -> int:
-    """Bring everything back to the newest checkpoint of the run; returns its step, 0 when there is none."""
-    whole = whole_checkpoints(folder)
-    if not whole:
-        return 0
-    last = whole[-1]
-    state = json.loads((last / "state.json").read_text())
-    try:
-        step = plan.step_of(state["position"])
-    except UserError as error:
-        raise UserError(
-            f"{last}: {error}; restore the shards, or start a new run that begins from this checkpoint with model.start"
-        ) from None
-    weights_into(engine.bare, last)
-    if teacher:
-        teacher.load_state(load_file(last / "teacher.safetensors"))
-    if (last / "terms.safetensors").is_file():
-        objective.load_state(load_file(last / "terms.safetensors"))
-    _restore_moments(engine, load_file(last / "optimizer.safetensors"), step)
-    rng = last / f"rng_{distributed.rank()}.safetensors"
-    if rng.is_file():  # absent on ranks that the saving world did not have
-        torch.set_rng_state(load_file(rng)["torch"])
-    return step
+def _state(path: Path) -> dict[str, Any]:
+    """state.json; a run without the guard's counts took every step."""
+    state = json.loads((path / "state.json").read_text())
+    return {"guard": {"updates": state["step"], "skipped": 0, "streak": 0, "returned_to": None}} | state
 
 
 def _moments(engine: Engine) -> dict[str, Tensor]:
@@ -127,26 +197,26 @@ def _full_moment(engine: Engine, parameter: torch.nn.Parameter, key: str) -> Ten
     return engine.optimizer.state.get(parameter, {}).get(key)
 
 
-def _restore_moments(engine: Engine, moments: dict[str, Tensor], step: int) -> None:
+def _restore_moments(engine: Engine, moments: dict[str, Tensor], updates: int) -> None:
     if engine.deepspeed:
-        _restore_shards(engine, moments, step)
+        _restore_shards(engine, moments, updates)
         return
     for name, parameter in engine.bare.named_parameters():
         if f"exp_avg.{name}" in moments:
             engine.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
+                "step": torch.tensor(float(updates), device=parameter.device),
                 **{key: moments[f"{key}.{name}"].to(parameter.device) for key in MOMENTS},
             }
 
 
-def _restore_shards(engine: Engine, moments: dict[str, Tensor], step: int) -> None:
+def _restore_shards(engine: Engine, moments: dict[str, Tensor], updates: int) -> None:
     """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     zero = engine.optimizer.optimizer
     for flat in zero.single_partition_of_fp32_groups:
         state = {key: torch.zeros_like(flat) for key in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **state}
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **state}
     _link_shards(engine)
     for name, parameter in engine.bare.named_parameters():
         if not parameter.requires_grad:

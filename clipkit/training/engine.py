@@ -50,6 +50,7 @@ class Engine:
                 "use accumulate: 1, lock the tower, or a tower with group or layer norm"
             )
         self.bare: Any = _synchronise_norms(model, self.world, self.device).to(self.device)
+        self._running = [buffer for norm in _learning_norms(self.bare) for buffer in norm.buffers()]
         if self.world == 1 and not self.deepspeed:
             self.model, self.optimizer = self.bare, optimizer
         else:
@@ -60,27 +61,42 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
 
     def embed(self, batch: Batch) -> Embeddings:
-        """This rank's embeddings; with `engine.accumulate` only their values, whose gradient `step` takes further."""
+        """This rank's embeddings; with `engine.accumulate` only values, whose gradient `backward` takes further."""
+        self._statistics = [(buffer, buffer.clone()) for buffer in self._running]
         if self.parts == 1:
             return self.model(batch)
         self._cache = EmbeddingCache(self.model, batch.split(self.parts))
         return self._cache.embeddings
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Backward, clip, update. Returns the global gradient norm before clipping (left on the device)."""
+    def backward(self, loss: Tensor) -> Tensor:
+        """Backward and clip; then `update` or `skip`. Returns the global gradient norm before clipping, on the device.
+
+        The norm is the same on every rank, and not finite where the loss or any rank's gradient is not. DeepSpeed has
+        then updated already, or has skipped if the norm is not finite.
+        """
         clip = self.config.optim.grad_clip or float("inf")
+        loss = loss * (1.0 + (loss.detach() - loss.detach()))  # times 1, or NaN: never a finite gradient of an inf
         if self.parts == 1:
             self.accelerator.backward(loss)
         else:
-            self._step_in_parts(loss)
-        if self.deepspeed:  # backward has clipped and stepped already
-            return torch.as_tensor(self.model.get_global_grad_norm())  # type: ignore[operator]
-        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+            self._backward_in_parts(loss)
+        if self.deepspeed:
+            return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
+        return nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
 
-    def _step_in_parts(self, loss: Tensor) -> None:
+    def update(self) -> None:
+        """Take the step that `backward` prepared."""
+        if not self.deepspeed:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skip(self) -> None:
+        """Drop the gradient, and what the batch did to running statistics."""
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward_in_parts(self, loss: Tensor) -> None:
         loss.backward()  # as far as the embeddings
         for number in range(self.parts):
             last = number == self.parts - 1

@@ -1,10 +1,12 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and a progress bar for people."""
+"""What a run writes down: metrics.jsonl, skipped.jsonl, TensorBoard, and a progress bar for people."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.config import Config
 from clipkit.data.batch import Batch
+from clipkit.data.shards import Index
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.measures import means, measures
 from clipkit.training.optim import learning_rate
@@ -57,8 +60,12 @@ class RunLog:
         norm: Tensor,
         z: Embeddings,
         batch: Batch,
+        skipped_steps: int,
     ) -> None:
-        """Count a finished step; every `log_every` steps and at the end write a line. `z`: this rank's embeddings."""
+        """Count a finished step; every `log_every` steps and at the end write a line. `z`: this rank's embeddings.
+
+        Of a skipped step the line holds what is finite.
+        """
         self._skipped.update(reason for _, reason in batch.skipped)
         if self._config.log_samples:
             shares = distributed.gather_objects(batch.id.tolist())
@@ -67,8 +74,25 @@ class RunLog:
         if self._writer:
             self._writer.tick(step)
         if step % self._config.log_every == 0 or step == self._config.steps:
-            self._line(step, loss, terms, norm, z, batch.kinds)
+            self._line(step, loss, terms, norm, z, batch.kinds, skipped_steps)
         self._mark = time.perf_counter()
+
+    def skip(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, batch: Batch, index: Index) -> None:
+        """Write down a skipped step: the keys of the global batch, and which terms were not finite."""
+        shares = distributed.gather_objects(batch.id.tolist())
+        if self._writer:
+            row = {
+                "loss": str(float(loss)),
+                "grad_norm": str(float(norm)),
+                "terms": [name for name, term in terms.items() if not math.isfinite(float(term))],
+                "keys": [index.where(id) for share in shares for id in share],
+            }
+            self._writer.event(step, row, f"step {step} skipped: loss {row['loss']}, gradient norm {row['grad_norm']}")
+
+    def roll_back(self, step: int, to: int) -> None:
+        """Write down that after `step` the run went back to the checkpoint of step `to`."""
+        if self._writer:
+            self._writer.event(step, {"back_to": to}, f"step {step}: back to the weights of step {to}")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Write the headline numbers of an evaluation; its time is not the training's."""
@@ -79,32 +103,37 @@ class RunLog:
         self._mark += pause
 
     def _line(
-        self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, z: Embeddings, kinds: dict[int, str]
+        self,
+        step: int,
+        loss: Tensor,
+        terms: dict[str, Tensor],
+        norm: Tensor,
+        z: Embeddings,
+        kinds: dict[int, str],
+        skipped_steps: int,
     ) -> None:
-        value = float(loss)
-        if not math.isfinite(value):
-            bad = [name for name, term in terms.items() if not math.isfinite(float(term))]
-            raise FloatingPointError(f"step {step}: the loss is {value}; terms not finite: {', '.join(bad)}")
         skipped: Counter[str] = Counter()
-        ranks = distributed.gather_objects((self._skipped, measures(z, kinds)))
-        for counts, _ in ranks:
+        ranks = distributed.gather_objects((self._skipped, measures(z, kinds), memory_bytes()))
+        for counts, _, _ in ranks:
             skipped.update(counts)
         now = time.perf_counter()
         elapsed = max(now - self._line_mark, 1e-9)
         row = {
-            "loss": value,
+            "loss": float(loss),
             **{f"term/{name}": float(term) for name, term in terms.items()},
             "lr": learning_rate(step - 1, self._config),
             "grad_norm": float(norm),
             "scale": float(torch.as_tensor(z.scale).detach()),
-            **means([found for _, found in ranks]),
+            **means([found for _, found, _ in ranks]),
             "data_wait": self._waited / elapsed,
             "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,
+            "memory_bytes": max(used for _, _, used in ranks),
             **{f"skipped/{reason}": count for reason, count in skipped.items()},
+            **({"skipped_steps": skipped_steps} if skipped_steps else {}),
         }
         self._waited, self._line_mark, self._line_step = 0.0, now, step
         if self._writer:
-            self._writer.write(step, row)
+            self._writer.write(step, {name: value for name, value in row.items() if math.isfinite(value)})
 
 
 class _Writer:
@@ -115,6 +144,9 @@ class _Writer:
 
         self._file = _continued(folder / "metrics.jsonl", start)
         self._samples = _continued(folder / "samples.jsonl", start) if config.log_samples else None
+        self._events = folder / "skipped.jsonl"  # hardly ever written to: opened at each line
+        if self._events.is_file():
+            _continued(self._events, start).close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._batch_size = config.batch_size
         self._bar = Progress(
@@ -149,10 +181,23 @@ class _Writer:
             terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
             self._bar.update(self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s")
 
+    def event(self, step: int, row: dict[str, Any], said: str) -> None:
+        with self._events.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        self._bar.console.print(said, highlight=False, soft_wrap=True)
+
     def samples(self, step: int, ids: list[int]) -> None:
         assert self._samples
         self._samples.write(json.dumps({"step": step, "ids": ids}) + "\n")
         self._samples.flush()
+
+
+def memory_bytes() -> int:
+    """The most memory that this rank has used so far: on its GPU, else of the machine's (resident)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 def _continued(path: Path, step: int) -> TextIO:

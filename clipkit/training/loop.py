@@ -17,20 +17,24 @@ from clipkit.data.loader import Loader
 from clipkit.data.mixture import Mixture, open_data
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
-from clipkit.errors import UserError
+from clipkit.errors import Stopped, UserError
 from clipkit.evaluation.run import evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
-from clipkit.training import checkpoint
+from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
 from clipkit.training.engine import Engine
 from clipkit.training.features import cached_features
+from clipkit.training.guard import Guard
 from clipkit.training.log import RunLog
 from clipkit.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
-    """Carry out the run; returns its folder. Killed at any step and resumed, it ends as if never killed."""
+    """Carry out the run; returns its folder. Killed at any step and resumed, it ends as if never killed.
+
+    Raises Stopped when SIGTERM or SIGUSR1 ended it early, saved.
+    """
     folder = _open_run(config, resume)
     engine = Engine(config)
     _seed(config.seed)
@@ -42,10 +46,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
     if teacher:
         teacher.to(engine.device)
     objective = Objective(config.objective)
-    start = checkpoint.restore(folder, engine, teacher, objective, plan) if resume else 0
+    guard = Guard(config.guard)
+    checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard)
+    start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
     last = start
-    with RunLog(folder, config, start) as log:
+    with guard, RunLog(folder, config, start) as log:
         for step, batch in zip(range(start, config.steps), loader.steps(start, config.steps), strict=True):
             log.waited()
             set_learning_rate(engine.optimizer, learning_rate(step, config))
@@ -57,25 +63,37 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 if teacher:
                     z.teacher = teacher.embed(batch, engine.parts)
             loss, terms = objective(z.world())
-            norm = engine.step(loss)
-            if teacher:
-                teacher.update(engine.bare)
+            norm = engine.backward(loss)
             last = step + 1
-            log.step(last, loss.detach(), terms, norm, z, batch)
-            if _due(last, config.save_every, config):
-                checkpoint.save(folder, last, engine, teacher, objective, config, plan.position(last))
+            if guard.passes(norm):  # one answer on all ranks
+                engine.update()
+                if teacher:
+                    teacher.update(engine.bare)
+            else:
+                engine.skip()
+                objective.undo()
+                log.skip(last, loss.detach(), terms, norm, batch, index)
+            log.step(last, loss.detach(), terms, norm, z, batch, guard.skipped)
+            if guard.exhausted:
+                log.roll_back(last, checkpoints.roll_back())
+            if guard.stopping:
+                break
+            if _due(last, config.save_every, config) and not guard.streak:
+                checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
                 log.evaluation(last, _evaluate(config, engine.bare, folder))
-    if start < config.steps:
-        checkpoint.save(folder, last, engine, teacher, objective, config, plan.position(last))
+        if start < last:
+            checkpoints.save(last)
     engine.close()
+    if last < config.steps:
+        raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
     return folder
 
 
 def _open_run(config: Config, resume: bool) -> Path:
     """The run folder with its resolved config. Refuses to write over another run."""
     folder = config.run_folder
-    begun = bool(checkpoint.whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
+    begun = bool(whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
     if begun and not resume:
         raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name= or out=")
     if not config.data.train and not config.data.sources:

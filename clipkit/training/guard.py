@@ -1,0 +1,90 @@
+"""What stands between a run and its ruin: which steps are taken, when it goes back, when it is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.config import GuardConfig
+from clipkit.data.loader import STOPPING
+from clipkit.errors import UserError
+
+
+class Guard:
+    """Judges every step, with one answer on all ranks, and counts what it let pass and what not.
+
+    A step whose gradient norm is not finite is skipped: weights, optimizer, teacher and what terms remember stay as
+    they were, while the samples, the learning rate and the number of the step go on. After `guard.patience` of them in
+    a row the run is `exhausted` and goes back to a checkpoint, once to the same weights. As a context it listens to
+    SIGTERM and SIGUSR1: from the next judged step on the run is `stopping`, on all ranks.
+    """
+
+    def __init__(self, config: GuardConfig):
+        self._patience = config.patience
+        self.updates = 0
+        """Steps taken: what the optimizer itself counts."""
+        self.skipped = 0
+        self.streak = 0
+        """Steps skipped since the last one taken."""
+        self.returned_to: int | None = None
+        """Updates in the checkpoint that the run last went back to; skipped steps behind it do not change the place."""
+        self.stopping = False
+        self._signalled = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Guard:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._handlers = {number: signal.signal(number, self._listen) for number in STOPPING}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def passes(self, norm: Tensor) -> bool:
+        """Whether the step may be taken: its gradient norm is finite on every rank. All ranks ask together.
+
+        Costs one all-reduce of two bytes, and the host waits for the device.
+        """
+        here = torch.tensor([self._signalled], device=norm.device)
+        bad, self.stopping = distributed.anywhere(torch.cat([~torch.isfinite(norm).view(1), here]))
+        self.skipped += bad
+        self.updates += not bad
+        self.streak = self.streak + 1 if bad else 0
+        return not bad
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether too many steps in a row were skipped to simply go on."""
+        return self.streak >= self._patience
+
+    def go_back(self, updates: int | None) -> None:
+        """Count on from a checkpoint that holds so many updates.
+
+        Raises UserError when there is no such checkpoint (None), or the run has gone back to this place before.
+        """
+        happened = f"{self.streak} steps in a row were skipped, their loss or gradient not finite"
+        remedy = "skipped.jsonl in the run folder names the samples; lower optim.lr, or look at the data"
+        if updates is None:
+            raise UserError(f"{happened}, and there is no checkpoint from before them (save_every); {remedy}")
+        if updates == self.returned_to:
+            raise UserError(f"{happened}, again after going back to the checkpoint of {updates} updates; {remedy}")
+        self.updates = self.returned_to = updates
+        self.streak = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {name: getattr(self, name) for name in ("updates", "skipped", "streak", "returned_to")}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _listen(self, _number: int, _frame: object) -> None:
+        self._signalled = True

@@ -70,8 +70,13 @@ GROUPS = {
     "negatives": ("Make hard-negative captions.", {"make": data.make}),
     "world": ("The generated picture world.", {"build": data.build_world}),
     "bench": (
-        "Benchmarks: list, convert from their published form, check.",
-        {"list": evaluation.list_benchmarks, "convert": evaluation.convert, "check": evaluation.check},
+        "Benchmarks: list, fetch, convert from their published form, check.",
+        {
+            "list": evaluation.list_benchmarks,
+            "get": evaluation.get,
+            "convert": evaluation.convert,
+            "check": evaluation.check,
+        },
     ),
 }
 for _name, (_help, _commands) in GROUPS.items():

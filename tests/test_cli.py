@@ -414,8 +414,18 @@ def test_a_runs_results_lie_in_the_run(tmp_path: Path) -> None:
 
 def test_bench_check_reads_rows_and_finds_pictures(pictures: Path, benchmark: Path) -> None:
     said = well("bench", "check", benchmark, "--root", f"here={pictures}")
-    assert said.splitlines()[1] == "colours\t3\t4"
-    assert "here" in wrong("bench", "check", benchmark)
+    assert said.splitlines()[1] == "colours\t3\t3\t0\t4"
+
+
+def test_bench_check_counts_rows_without_pictures(benchmark: Path) -> None:
+    done = run("bench", "check", benchmark)
+    assert done.status == 2 and done.out.splitlines()[1] == "colours\t3\t3\t3\t4"
+    assert "colours: 3 of 3 pictures are missing: 3 of here (three pictures)" in done.err
+
+
+def test_bench_get_says_how_else_annotations_are_got(tmp_path: Path) -> None:
+    message = wrong("bench", "get", "winoground", "--out", tmp_path)
+    assert "no plain address serves its annotations" in message and "facebook/winoground" in message
 
 
 def test_bench_list_names_every_packaged_benchmark() -> None:

@@ -132,8 +132,31 @@ def list_benchmarks(json_path: Json = None) -> None:
         write_json({"benchmarks": [b.model_dump(mode="json") for b in found], "suites": suites}, json_path)
     if json_path != STDOUT:
         inside = {b.name: ", ".join(name for name, members in suites.items() if b.name in members) for b in found}
-        rows = [(b.name, b.kind, b.title, inside[b.name], ", ".join(b.sources)) for b in found]
-        print_table(["benchmark", "kind", "what it is", "suites", "sources (--root)"], rows)
+        rows = [(b.name, b.kind, b.title, inside[b.name], _way(b), ", ".join(b.sources)) for b in found]
+        print_table(["benchmark", "kind", "what it is", "suites", "bench", "sources (--root)"], rows)
+
+
+def _way(benchmark: Any) -> str:
+    """The `clipkit bench` command that makes its rows: get, convert or none."""
+    from clipkit.evaluation.convert import CONVERTERS
+
+    return "get" if benchmark.download else "convert" if benchmark.name in CONVERTERS else ""
+
+
+def get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The benchmark.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for annotations and rows.")] = Path(
+        "data/published"
+    ),
+) -> None:
+    """Fetch published annotations and turn them into rows.
+
+    An interrupted download goes on when called again. Pictures are not fetched.
+    """
+    from clipkit.evaluation.convert import get
+
+    found = get(name, out, say=lambda line: print(line, file=sys.stderr))
+    print_table(["", name], list(found.items()))
 
 
 def convert(
@@ -155,13 +178,13 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; default: all.")] = None,
     root: Roots = None,
 ) -> None:
-    """Read benchmarks and look for their pictures.
+    """Read benchmarks and count the pictures that are missing.
 
-    Exit status 2 when anything is wrong or missing.
+    Rows are read, and their SHA-256 checked, without a single picture. Exit status 2 when anything is wrong or missing.
     """
     from clipkit.evaluation import benchmark
     from clipkit.evaluation.roots import Roots
-    from clipkit.evaluation.run import PREPARE
+    from clipkit.evaluation.run import survey
 
     chosen = [benchmark.load(name) for name in names or benchmark.packaged()]
     places = Roots(pairs(root, "--root"))
@@ -169,10 +192,13 @@ def check(
     for found in chosen:
         places.sources.update(found.sources)
         try:
-            task = PREPARE[found.kind](found, places)
-            rows.append((found.name, len(set(task.pictures)), len(set(task.texts))))
+            seen = survey(found, places)
         except UserError as error:
-            problems.append(str(error))
-    print_table(["benchmark", "pictures", "texts"], rows)
+            problems.append(f"{found.name}: {error}")
+            continue
+        rows.append((found.name, seen.rows, seen.pictures, seen.missing, seen.texts))
+        if seen.problem:
+            problems.append(f"{found.name}: {seen.problem}")
+    print_table(["benchmark", "rows", "pictures", "missing", "texts"], rows)
     if problems:
         raise UserError("\n".join(problems))

@@ -66,10 +66,21 @@ class Reference(Section):
     """A published number."""
 
     model: str
+    activation: Literal["", "gelu", "quickgelu"] = ""
+    """Of the towers as evaluated, where known: the same weights score differently under the other one."""
     metric: str
     value: float
     """Between 0 and 1."""
     source: str
+
+
+class Download(Section):
+    """Annotations that plain addresses serve; `clipkit bench get` fetches and converts them."""
+
+    url: str
+    """Of the folder."""
+    files: Annotated[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1)]
+    """Path below the folder -> its SHA-256."""
 
 
 class Benchmark(Section):
@@ -86,6 +97,7 @@ class Benchmark(Section):
     citation: str = ""
     leakage: str = ""
     """Training data known to overlap with it."""
+    download: Download | None = None
     official: Official = Official()
     reference: list[Reference] = []
 
@@ -302,6 +314,6 @@ def _explain(error: Any, model: type[Section]) -> str:
         return f"{path}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] != "extra_forbidden":
         return explain(error)
-    inner = (Source, Mean, Official, Reference, PictureReference)
+    inner = (Source, Mean, Official, Reference, Download, PictureReference)
     names = model.model_fields if len(error["loc"]) == 1 else {n for section in inner for n in section.model_fields}
     return f"{path}: no such field{did_you_mean(str(error['loc'][-1]), names)}"

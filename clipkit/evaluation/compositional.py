@@ -19,7 +19,7 @@ from clipkit.evaluation.benchmark import Benchmark, Picture, Row, read_rows
 from clipkit.evaluation.embed import Embedder
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Roots
-from clipkit.evaluation.scores import SCORES, Pattern, Tie, binary, binary_auroc, main_score, pattern
+from clipkit.evaluation.scores import SCORES, Pattern, Tie, binary, binary_auroc, main_score, pattern, tot
 from clipkit.evaluation.stats import interval, wilson
 from clipkit.evaluation.table import Credits, Table
 
@@ -35,6 +35,8 @@ class Form:
     match: Pattern
     rows: Int[Array, " r"]
     s: Float[Array, "r i t"]
+    texts: Float[Array, "r t t"] | None = None
+    """Similarities among the texts, where the form asks for them."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Compositional:
         """Metrics, breakdowns, blind baselines, items and examples."""
         images, texts = embedder.pictures(self.pictures), embedder.texts(self.texts)
         rule, table = policy(self.benchmark, tie), Table(self.benchmark, self.rows, self.categories)
-        forms = self._forms(partial(similarity, images, texts))
+        forms = self._forms(partial(similarity, images, texts), partial(similarity, texts, texts))
         credits, tied = judge(forms, self.rows, rule)
         correct, credits = credits["accuracy"], _needed(credits)
         metrics = table.metrics(credits) | areas(forms, table, rule)
@@ -88,8 +90,12 @@ class Compositional:
             layout.append((match, np.array(numbers), i, t))
         return layout
 
-    def _forms(self, pairs: Pairs) -> list[Form]:
-        return [Form(match, numbers, pairs(i, t)) for match, numbers, i, t in self._layout]
+    def _forms(self, pairs: Pairs, among: Pairs | None = None) -> list[Form]:
+        """Similarities by form; `among` gives those of texts, for the forms with several right ones."""
+        return [
+            Form(match, rows, pairs(i, t), among(t, t) if among and match[0].count(1) > 1 else None)
+            for match, rows, i, t in self._layout
+        ]
 
     def _baselines(self, table: Table, images: Float[Array, "p d"], texts: Float[Array, "q d"]) -> dict[str, Any]:
         """Scores of what cannot understand, ties as coin tosses. Where one is high, the benchmark gives itself away."""
@@ -153,12 +159,10 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
     """
     everything = read_rows(benchmark, roots)
     rows = [row for row in everything if row.valid]
-    pictures = dict.fromkeys(picture for row in rows for picture in row.pictures)
-    absent = {picture for picture in pictures if not roots.has(picture.src, picture.path)}
+    pictures, absent, problem = look_for_pictures(rows, roots)
+    if problem and not allow_missing:
+        raise UserError(problem)
     missing = Counter(picture.src for picture in absent)
-    if missing and not allow_missing:
-        counts = "; ".join(f"{count} of {roots.describe(src)}" for src, count in sorted(missing.items()))
-        raise UserError(f"{len(absent)} of {len(pictures)} pictures are missing: {counts}")
     kept = [row for row in rows if absent.isdisjoint(row.pictures)]
     if not kept:
         raise UserError(f"no row is left of {len(rows)}: all their pictures are missing")
@@ -170,6 +174,17 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
         [picture for picture in pictures if picture not in absent],
         list(dict.fromkeys(text for row in kept for text in row.texts)),
     )
+
+
+def look_for_pictures(rows: list[Row], roots: Roots) -> tuple[list[Picture], set[Picture], str]:
+    """(pictures of the rows, the absent ones, what to tell of them: how many of which source and what that is)."""
+    pictures = list(dict.fromkeys(picture for row in rows for picture in row.pictures))
+    absent = {picture for picture in pictures if not roots.has(picture.src, picture.path)}
+    if not absent:
+        return pictures, absent, ""
+    missing = Counter(picture.src for picture in absent)
+    counts = "; ".join(f"{count} of {roots.describe(src)}" for src, count in sorted(missing.items()))
+    return pictures, absent, f"{len(absent)} of {len(pictures)} pictures are missing: {counts}"
 
 
 def similarity(
@@ -191,6 +206,8 @@ def judge(forms: list[Form], rows: list[Row], tie: Tie) -> tuple[Credits, dict[s
         for name in SCORES:
             if decision := SCORES[name](form.s, form.match, tie=tie):
                 credits[name][form.rows], tied[name][form.rows] = decision
+        if form.texts is not None and (decision := tot(form.texts, form.match, tie=tie)):
+            credits["tot"][form.rows], tied["tot"][form.rows] = decision
     if found := _true_or_false(forms):
         numbers, s, labels = found
         clusters = [rows[n].cluster for n in numbers]

@@ -13,8 +13,7 @@ import random
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,17 +22,13 @@ from clipkit.data.build import encode_jpeg
 from clipkit.data.files import Files
 from clipkit.data.shards import write_atomic
 from clipkit.errors import UserError, did_you_mean
+from clipkit.evaluation import published
+from clipkit.evaluation.benchmark import load
+from clipkit.evaluation.converted import Converted, components, json_named, one_picture, two_by_two
+from clipkit.evaluation.fetch import fetch
 
-COCO = "coco_val2017"
-
-
-@dataclass
-class Converted:
-    """Rows as they go into OUT/NAME.jsonl, drawn pictures (OUT/NAME.tar), and how many rows were left out and why."""
-
-    rows: list[dict[str, Any]]
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
+PUBLISHED = "published"
+"""The source whose root is the OUT of `clipkit bench get`."""
 
 
 def convert(name: str, source: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
@@ -63,56 +58,23 @@ def convert(name: str, source: str | Path, out: str | Path, **settings: Any) -> 
     }
 
 
-def sugarcrepe(files: Files) -> Converted:
-    """SugarCrepe (Hsieh et al., NeurIPS 2023, arXiv 2306.14610): a caption against one hard negative, 7 kinds."""
-    rows = []
-    for kind in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
-        for key, item in _json_named(files, kind).items():
-            texts = [item["caption"], item["negative_caption"]]
-            rows.append(_row(f"{kind}/{key}", kind, COCO, item["filename"], texts, [1, 0]))
-    return Converted(rows)
+def get(name: str, out: str | Path, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Fetch a benchmark's annotations into OUT/NAME/ and convert them into OUT/NAME.jsonl. Returns what convert does.
 
-
-def vsr(files: Files) -> Converted:
-    """Visual Spatial Reasoning (Liu et al., TACL 2023, arXiv 2205.00363): a sentence true of a picture or not."""
-    rows = []
-    for name in sorted(n for n in files if n.endswith(".jsonl")):
-        for line in files[name].decode().splitlines():
-            item = json.loads(line)
-            if "relation" in item:
-                row = _row(f"{len(rows)}", "all", COCO, item["image"], [item["caption"]], [item["label"]])
-                rows.append(row | {"meta": {"relation": item["relation"]}})
-    return Converted(rows)
-
-
-def valse(files: Files, *, pictures: str = "") -> Converted:
-    """VALSE (Parcalabescu et al., ACL 2022, arXiv 2112.07566): caption against foil; `valid` is the authors' filter.
-
-    `pictures` (a folder or tar of COCO pictures named by their 12-digit number) leaves out the rows without one there;
-    COCO's 2014 and 2017 editions number their pictures alike.
+    Raises UserError where they have no plain address (saying how they are got), and for rows that are not the version
+    the benchmark describes.
     """
-    present = {PurePosixPath(n).name for n in Files(pictures)} if pictures else None
-    converted = Converted([])
-    for name in sorted(n for n in files if PurePosixPath(n).stem.removeprefix("valse_") in _VALSE):
-        kind = PurePosixPath(name).stem.removeprefix("valse_")
-        for key, item in json.loads(files[name]).items():
-            number = re.search(r"(\d{12}\.jpg)$", item["image_file"])
-            if present is not None and (not number or number[1] not in present):
-                converted.dropped["no picture"] += 1
-                continue
-            src, path = "valse", item["image_file"]
-            if number and (present or number.start() == 0):
-                src, path = COCO, number[1]
-            row = _row(f"{kind}/{key}", kind, src, path, [item["caption"], item["foil"]], [1, 0])
-            votes = (item.get("mturk") or {}).get("caption", 0)
-            converted.rows.append(row | {"valid": votes >= 2})
-    return converted
-
-
-_VALSE = {
-    "existence", "plurals", "counting-hard", "counting-small-quant", "counting-adversarial", "relations",
-    "action-replacement", "actant-swap", "coreference-standard", "coreference-hard", "foil-it",
-}  # fmt: skip
+    benchmark = load(name)
+    if benchmark.download is None:
+        ways = "; ".join(f"{source}: {about.about}" for source, about in benchmark.sources.items())
+        raise UserError(f"{name}: no plain address serves its annotations. {ways}")
+    folder = Path(out) / benchmark.name
+    fetch(benchmark.download, folder, say=say)
+    found = convert(benchmark.name, folder, out)
+    expected = benchmark.sha256.get(f"{PUBLISHED}:{benchmark.name}.jsonl", found["sha256"])
+    if found["sha256"] != expected:
+        raise UserError(f"{found['rows']}: not the rows {name} describes: SHA-256 {found['sha256']}, not {expected}")
+    return found
 
 
 def abstract_scenes_pairs(files: Files, *, size: int = 128) -> Converted:
@@ -121,7 +83,10 @@ def abstract_scenes_pairs(files: Files, *, size: int = 128) -> Converted:
     Pairs that share a scene form one cluster: they are not independent.
     """
     data = AbstractScenes(files)
-    rows = [_two_by_two(*pair) for pair in _minimal_pairs(data)]
+    rows = []
+    for kind, number, a, b, cluster in _minimal_pairs(data):
+        paths, texts = [f"{row['img_id']}.jpg" for row in (a, b)], [row["target_sentence"] for row in (a, b)]
+        rows.append(two_by_two(f"{kind}/{number}", kind, cluster, "abstract_scenes", paths, texts))
     used = sorted({image["path"] for row in rows for image in row["images"]})
     return Converted(rows, {path: encode_jpeg(data.render(int(path[:-4]), size)) for path in used})
 
@@ -135,7 +100,7 @@ def abstract_scenes_choice(files: Files) -> Converted:
     for kind, number, a, b, cluster in _minimal_pairs(AbstractScenes(files)):
         for part, row in (("a", a), ("b", b)):
             texts = [row["target_sentence"], row["distractor_sentence"]]
-            one = _row(f"{kind}/{number}{part}", kind, "abstract_scenes", f"{row['img_id']}.jpg", texts, [1, 0])
+            one = one_picture(f"{kind}/{number}{part}", kind, "abstract_scenes", f"{row['img_id']}.jpg", texts, [1, 0])
             rows.append(one | {"cluster": cluster})
     return Converted(rows)
 
@@ -144,7 +109,7 @@ def _minimal_pairs(data: AbstractScenes) -> Iterator[tuple[str, int, dict[str, s
     """(kind, number, row, mirrored row, cluster) of every minimal pair."""
     for kind, table in data.minimal_pairs.items():
         pairs = list(zip(table[::2], table[1::2]))
-        cluster = _components([(a["img_id"], b["img_id"]) for a, b in pairs])
+        cluster = components([(a["img_id"], b["img_id"]) for a, b in pairs])
         for number, (a, b) in enumerate(pairs):
             if (a["target_sentence"], a["distractor_sentence"]) != (b["distractor_sentence"], b["target_sentence"]):
                 raise UserError(
@@ -153,31 +118,41 @@ def _minimal_pairs(data: AbstractScenes) -> Iterator[tuple[str, int, dict[str, s
             yield kind, number, a, b, f"{kind}/{cluster[a['img_id']]}"
 
 
-def _two_by_two(kind: str, number: int, a: dict[str, str], b: dict[str, str], cluster: str) -> dict[str, Any]:
-    return {
-        "id": f"{kind}/{number}",
-        "category": kind,
-        "cluster": cluster,
-        "images": [{"src": "abstract_scenes", "path": f"{row['img_id']}.jpg"} for row in (a, b)],
-        "texts": [a["target_sentence"], b["target_sentence"]],
-        "match": [[1, 0], [0, 1]],
-    }
-
-
 def flickr8k_order(files: Files, *, seed: int = 0, per_picture: int = 5) -> Converted:
     """Caption order as in ARO (Yuksekgonul et al., ICLR 2023, arXiv 2210.01936): own caption against four shuffles.
 
     `files` is a shard with KEY.json members that hold `captions`. All five texts are lower-cased and stripped of
     punctuation alike. A caption of which some shuffle never differs from the original is left out and counted.
     """
-    from textblob.en import parser  # not clipkit's own tagger: that one learns words, this benchmark stays as it is
+    keys = [name.removesuffix(".json") for name in files if name.endswith(".json")]
+    captions = ((key, f"{key}.jpg", json.loads(files[f"{key}.json"])["captions"][:per_picture]) for key in keys)
+    return _orders("flickr8k_dev", captions, seed)
+
+
+def coco_order(files: Files, *, seed: int = 0, per_picture: int = 0) -> Converted:
+    """ARO's COCO-Order from `coco_karpathy_test.json`, with shuffles as in flickr8k_order; `per_picture` 0: all."""
+    return _orders("coco_val2014", _karpathy(files, "coco_karpathy_test.json", per_picture), seed)
+
+
+def flickr30k_order(files: Files, *, seed: int = 0, per_picture: int = 0) -> Converted:
+    """ARO's Flickr30k-Order from `flickr30k_test.json`, with shuffles as in flickr8k_order; `per_picture` 0: all."""
+    return _orders("flickr30k", _karpathy(files, "flickr30k_test.json", per_picture), seed)
+
+
+def _karpathy(files: Files, name: str, per_picture: int) -> Iterator[tuple[str, str, list[str]]]:
+    """(key, picture, captions) of [{"image": "folder/name.jpg", "caption": [...]}]."""
+    for item in json_named(files, name):
+        path = PurePosixPath(item["image"])
+        yield path.stem, path.name, item["caption"][: per_picture or None]
+
+
+def _orders(src: str, captions: Iterable[tuple[str, str, list[str]]], seed: int) -> Converted:
+    """Rows of (key, picture, captions); every caption is shuffled with a seed of its own."""
+    from textblob.en import parser  # not clipkit's own tagger: that one learns words, these benchmarks stay as they are
 
     converted = Converted([])
-    for name in files:
-        if not name.endswith(".json"):
-            continue
-        key = name.removesuffix(".json")
-        for number, caption in enumerate(json.loads(files[name])["captions"][:per_picture]):
+    for key, path, own in captions:
+        for number, caption in enumerate(own):
             words = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", caption.lower())
             tags = [tag for _, tag in parser.find_tags(words)]
             shuffles = perturb(words, tags, random.Random(f"{seed}/{key}/{number}"))
@@ -185,8 +160,7 @@ def flickr8k_order(files: Files, *, seed: int = 0, per_picture: int = 5) -> Conv
                 converted.dropped["a shuffle cannot differ"] += 1
                 continue
             texts = [" ".join(order) for order in (words, *shuffles)]
-            row = _row(f"{key}/{number}", "order", "flickr8k_dev", f"{key}.jpg", texts, [1, 0, 0, 0, 0])
-            converted.rows.append(row)
+            converted.rows.append(one_picture(f"{key}/{number}", "order", src, path, texts, [1, 0, 0, 0, 0]))
     return converted
 
 
@@ -217,8 +191,15 @@ def perturb(words: list[str], tags: list[str], rng: random.Random, tries: int = 
 
 
 CONVERTERS: dict[str, Callable[..., Converted]] = {
-    f.__name__: f for f in (sugarcrepe, vsr, valse, abstract_scenes_pairs, abstract_scenes_choice, flickr8k_order)
-}
+    f.__name__: f
+    for f in (
+        abstract_scenes_pairs, abstract_scenes_choice, flickr8k_order, coco_order, flickr30k_order,
+        published.sugarcrepe, published.sugarcrepe_pp, published.valse, published.vsr, published.vsr_zeroshot,
+        published.vsr_random, published.bivlc, published.cola, published.colorswap, published.winoground,
+        published.nlvr, published.nlvr_pairs, published.vg_relation, published.vg_attribution, published.whatsup,
+        published.svo_probes,
+    )
+}  # fmt: skip
 
 
 def _permute(length: int, groups: list[list[int]], rng: random.Random) -> list[int]:
@@ -228,27 +209,6 @@ def _permute(length: int, groups: list[list[int]], rng: random.Random) -> list[i
         for position, taken in zip(group, rng.sample(group, len(group))):
             order[position] = taken
     return order
-
-
-def _components(edges: list[tuple[str, str]]) -> dict[str, str]:
-    """Node -> the name of its connected component."""
-    name: dict[str, str] = {}
-    for a, b in edges:
-        keep, drop = name.setdefault(a, a), name.setdefault(b, b)
-        name |= {node: keep for node, component in name.items() if component == drop}
-    return name
-
-
-def _row(id: str, category: str, src: str, path: str, texts: list[str], match: list[int]) -> dict[str, Any]:
-    images = [{"src": src, "path": path}]
-    return {"id": id, "category": category, "cluster": path, "images": images, "texts": texts, "match": [match]}
-
-
-def _json_named(files: Files, stem: str) -> dict[str, dict[str, Any]]:
-    names = [name for name in files if PurePosixPath(name).name == f"{stem}.json"]
-    if len(names) != 1:
-        raise UserError(f"the source should hold one file {stem}.json, found {names or 'none'}")
-    return json.loads(files[names[0]])
 
 
 def _tar(pictures: Mapping[str, bytes]) -> bytes:

@@ -95,7 +95,7 @@ class Roots:
         """The source made of the tars that match `pattern` inside `src`; `src` itself where the pattern is empty."""
         if not pattern:
             return src
-        inside, name = self.need(src), f"{src}:{_safe(pattern)}"
+        inside, name = self.need(src), f"{src}:{safe(pattern)}"
         if name not in self._places:
             files = sorted(inside.root.glob(pattern)) if isinstance(inside, Folder) else []
             if not files:
@@ -113,17 +113,17 @@ class Roots:
     def has(self, src: str, path: str) -> bool:
         """Whether the file is there."""
         place = self.place(src)
-        return place is not None and _safe(path) in place
+        return place is not None and safe(path) in place
 
     def read(self, src: str, path: str) -> bytes:
         """The file's bytes. Raises UserError when it is missing."""
-        if _safe(path) not in (place := self.need(src)):
+        if safe(path) not in (place := self.need(src)):
             raise UserError(f"source {src}: no file {path} in it")
         return place.read(path)
 
     def paths(self, src: str, folder: str = "") -> list[str]:
         """All files of the source below `folder`, with their whole paths."""
-        return self.need(src).paths(_safe(folder).rstrip("/") if folder else "")
+        return self.need(src).paths(safe(folder).rstrip("/") if folder else "")
 
     def describe(self, src: str) -> str:
         """The source's name and what it is."""
@@ -160,7 +160,7 @@ def split_reference(reference: str) -> tuple[str, str]:
     return (src, path) if colon else ("", reference)
 
 
-def _safe(path: str) -> str:
+def safe(path: str) -> str:
     """The path, if it stays inside its source. Raises UserError."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not path:

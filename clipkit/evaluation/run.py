@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +84,30 @@ def _prepared(chosen: list[Benchmark], roots: Roots, allow_missing: bool) -> lis
         )
         raise UserError("\n".join([*problems, hint]))
     return tasks
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is of a benchmark: rows that count, their pictures and how many are missing, texts."""
+
+    rows: int
+    pictures: int
+    missing: int
+    texts: int
+    problem: str = ""
+    """What is missing and what that is."""
+
+
+def survey(benchmark: Benchmark, roots: Roots) -> Survey:
+    """Read a benchmark and count; pictures that rows name may be missing. Raises UserError as reading does."""
+    if benchmark.kind != "compositional":
+        task = PREPARE[benchmark.kind](benchmark, roots)
+        pictures = len(set(task.pictures))
+        return Survey(pictures, pictures, 0, len(set(task.texts)))
+    rows = [row for row in data.read_rows(benchmark, roots) if row.valid]
+    pictures, absent, problem = compositional.look_for_pictures(rows, roots)
+    texts = {text for row in rows for text in row.texts}
+    return Survey(len(rows), len(pictures), len(absent), len(texts), problem)
 
 
 def print_results(results: Sequence[Result], console: Console | None = None) -> None:

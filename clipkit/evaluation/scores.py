@@ -8,6 +8,7 @@ each a credit between 0 and 1, or None where the form does not suit it. Equal si
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import combinations, product
 from math import comb, prod
 from typing import Literal, NamedTuple
 
@@ -95,6 +96,24 @@ def i2t_all(s: Float[Array, "r i t"], match: Pattern, *, tie: Tie = "strict") ->
     return _by_picture(s, match, tie, everyone=True) if several else None
 
 
+def tot(s: Float[Array, "r t t"], match: Pattern, *, tie: Tie = "strict") -> Decision | None:
+    """Similarities of texts alone: right texts are nearer to each other than to any wrong one (SugarCrepe++'s TOT)."""
+    pairs = _among_texts(match)
+    if not pairs:
+        return None
+    right, wrong = (tuple(zip(*kind)) for kind in pairs)
+    return Decision(*_choose(s[:, right[0], right[1]], s[:, wrong[0], wrong[1]], tie, everyone=True))
+
+
+def _among_texts(match: Pattern) -> tuple[list[tuple[int, int]], list[tuple[int, int]]] | None:
+    """(pairs of right texts, pairs of a right and a wrong one) of one picture; None without several right ones."""
+    right = [t for t, m in enumerate(match[0]) if m == 1]
+    wrong = [t for t, m in enumerate(match[0]) if m == 0]
+    if len(match) > 1 or len(right) < 2 or not wrong:
+        return None
+    return list(combinations(right, 2)), list(product(right, wrong))
+
+
 @lru_cache
 def main_score(match: Pattern) -> str:
     """The score that suits a row's form: binary, i2t, t2i, or group where both directions are asked."""
@@ -111,6 +130,9 @@ def chance(match: Pattern, name: str) -> float:
 
     Exact for one direction and for 2×2 groups (the two right ones of four lead: 1/6), by simulation for larger groups.
     """
+    if name == "tot":
+        pairs = _among_texts(match)
+        return 1 / comb(len(pairs[0]) + len(pairs[1]), len(pairs[0])) if pairs else float("nan")
     if SCORES[name](np.zeros((1, len(match), len(match[0]))), match) is None:
         return float("nan")
     if name == "group" and len(match) == len(match[0]) == 2:

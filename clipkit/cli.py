@@ -70,7 +70,7 @@ GROUPS = {
     "negatives": ("Make hard-negative captions.", {"make": data.make}),
     "world": ("The generated picture world.", {"build": data.build_world}),
     "bench": (
-        "Benchmarks: list, fetch, convert from their published form, check.",
+        "Benchmarks: list, get, convert, check.",
         {
             "list": evaluation.list_benchmarks,
             "get": evaluation.get,

@@ -63,7 +63,7 @@ COUNTS = {
     "nlvr_pairs": {"all": 834},
     "coco_order": {"order": 25010 - 164},
 }
-PICTURES = {"sugarcrepe": 1560, "sugarcrepe_pp": 1542, "valse": 6226, "cola": 218, "bivlc": 2 * 2933, "nlvr": 989}
+PICTURES = {"sugarcrepe": 1560, "sugarcrepe_pp": 1542, "valse": 6123, "cola": 218, "bivlc": 2 * 2933, "nlvr": 989}
 
 
 class Everywhere(Roots):
@@ -159,14 +159,17 @@ def test_constant_random_and_oracle(converted, name: str):
     task = task_of(name, converted[0], rows=3000)
     constant = task.score(Named(Constant()), "strict")  # type: ignore[arg-type]
     assert {metric.value for metric in constant.metrics.values()} == {0.0}
-    guessed = task.score(Named(Random()), "strict")  # type: ignore[arg-type]
-    for key in {guessed.headline, *(key for key in guessed.metrics if key.endswith("/micro"))}:
-        metric = guessed.metrics[key]
-        slack = 0.3 * (metric.high - metric.low)
+    # Rows that share pictures are right together: one random encoder says little about a few hundred of them.
+    seeds = range(16 if len(task.rows) < 500 else 1)
+    guessed = [task.score(Named(Random(seed)), "strict") for seed in seeds]  # type: ignore[arg-type]
+    for key in {guessed[0].headline, *(key for key in guessed[0].metrics if key.endswith("/micro"))}:
+        value = float(np.mean([result.metrics[key].value for result in guessed]))
+        metric = guessed[0].metrics[key]
+        slack = 0.8 * (metric.high - metric.low) / len(guessed) ** 0.5
         # On true/false rows chance is the commoner answer; a threshold fitted to noise gives between 1/2 and that.
         assert metric.chance is not None
         least = 0.5 if key.startswith("binary") else metric.chance
-        assert metric.low - slack <= metric.chance and least <= metric.high + slack, key
+        assert value - slack <= metric.chance and least <= value + slack, key
     few = task_of(name, converted[0], rows=600)
     right = few.score(Named(knows(few)), "strict")  # type: ignore[arg-type]
     assert {key: metric.value for key, metric in right.metrics.items() if metric.value != 1.0} == {}

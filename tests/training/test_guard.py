@@ -164,9 +164,9 @@ def test_planted_at_one_rank_all_skip_and_go_back(
     for one, other in zip(rows(peace), rows(two)):
         assert other.get("loss") == pytest.approx(one.get("loss"), abs=3e-5), one["step"]
         assert other.get("skipped_steps") == one.get("skipped_steps")
-    assert [{**event, "loss": "", "grad_norm": ""} for event in rows(two, "skipped")] == [
-        {**event, "loss": "", "grad_norm": ""} for event in rows(peace, "skipped")
-    ]
+    # Which terms are not finite depends on how many of the pairs were spoiled: all of them here, half of them there.
+    said = [[(event["step"], event.get("keys")) for event in rows(folder, "skipped")] for folder in (two, peace)]
+    assert said[0] == said[1] and len(said[0]) >= len(steps)
 
 
 def _judged(rank: int, world: int) -> list[tuple[bool, bool]]:

@@ -133,9 +133,8 @@ def difference(name: str, captions: list[str]) -> float:
     model = build(configuration.validate({"model": {"name": name}}).model).eval()
     tokens = Tokenizer()(captions)
     with torch.no_grad():
-        return float(
-            (model.encode_text(tokens) - model.encode_text(F.pad(tokens, (0, CONTEXT - tokens.shape[1])))).abs().max()
-        )
+        padded = F.normalize(model.text_tower(F.pad(tokens, (0, CONTEXT - tokens.shape[1]))), dim=-1)
+        return float((model.encode_text(tokens) - padded).abs().max())
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, float]:

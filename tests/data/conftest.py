@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,22 @@ from PIL import Image
 
 from clipkit.data.build import Sample, encode_jpeg, write_shard
 from clipkit.data.shards import Index
+
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def watchdog() -> Iterator[None]:
+    """Ends a test that hangs, by name, instead of the whole run."""
+
+    def bark(*_: object) -> None:
+        raise TimeoutError(f"still not done after {PATIENCE_S} s")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def noise_picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import random
-import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from clipkit.errors import UserError
 from .conftest import noise_picture
 
 GOOD = 6
-PATIENCE_S = 20
+pytestmark = pytest.mark.usefixtures("watchdog")
 Member = tuple[str, bytes]
 
 
@@ -137,18 +136,6 @@ def tar_of(members: list[Member]) -> bytes:
 def arranged(bad: list[Member]) -> list[Member]:
     """The bad members in the middle of the good ones."""
     return good()[:GOOD] + bad + good()[GOOD:]
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    def bark(*_: object) -> None:
-        raise TimeoutError(f"still not done after {PATIENCE_S} s")
-
-    before = signal.signal(signal.SIGALRM, bark)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

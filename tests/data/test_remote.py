@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -34,19 +33,7 @@ from tests.server import Handler, Server, Trouble, serving
 
 from .conftest import sample
 
-PATIENCE_S = 60
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    def bark(*_: object) -> None:
-        raise TimeoutError(f"still not done after {PATIENCE_S} s")
-
-    before = signal.signal(signal.SIGALRM, bark)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("watchdog")
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from clipkit.data import storage
 from clipkit.data.shards import Index, Pipe
 
 from .test_remote import assert_same, refused
-from .test_remote import haste as haste  # fixtures, for all tests here
-from .test_remote import watchdog as watchdog
+from .test_remote import haste as haste  # a fixture, for all tests here
+
+pytestmark = pytest.mark.usefixtures("watchdog")
 
 
 def test_a_command_is_run_once(shard_folder: Path, index: Index, tmp_path: Path, haste: Path) -> None:

@@ -48,6 +48,8 @@ app = _group(
         "eval": evaluation.evaluate,
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
+        "sweep": runs.sweep,
+        "methods": runs.list_methods,
         "demo": runs.demo,
     },
     cls=Commands,

@@ -127,7 +127,7 @@ def test_the_exit_status_of_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.startswith("nothing: no such file") and "Traceback" not in done.stderr
 
 
-# config, train, demo
+# config, train, demo, sweep, methods
 
 
 def test_config_show_fills_everything_in(tmp_path: Path) -> None:
@@ -173,6 +173,32 @@ def test_demo_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(demo, "run", lambda out, **settings: calls.append((out, settings)))
     well("demo", "--out", tmp_path, "--pictures", "64", "samples=64")
     assert calls == [(tmp_path, {"pictures": 64, "settings": ("samples=64",)})]
+
+
+def test_sweep_takes_methods_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from clipkit import methods, sweep
+
+    calls = []
+    monkeypatch.setattr(sweep, "run", lambda names, **rest: calls.append((names, rest)))
+    monkeypatch.setattr(sweep, "markdown", lambda tree: "a table\n")
+    assert (
+        well("sweep", "clip", "samples=64", "degla", "--seeds", "0,2", "--out", tmp_path, "--on", "mine") == "a table\n"
+    )
+    assert calls.pop() == (
+        ["clip", "degla"],
+        {"base": "mine", "out": tmp_path, "seeds": [0, 2], "settings": ["samples=64"]},
+    )
+    well("sweep")
+    assert calls.pop()[0] == methods.every()
+    assert "--seeds 0,x: should be whole numbers" in wrong("sweep", "clip", "--seeds", "0,x")
+
+
+def test_methods_are_listed() -> None:
+    rows = dict(line.split("\t", 1) for line in well("methods").splitlines()[1:])
+    assert rows["degla"] == "DeGLA, arXiv 2504.16801\tnegative captions, a teacher"
+    found = {one["name"]: one for one in json.loads(well("methods", "--json", "-"))}
+    assert found.keys() == rows.keys() and found["siglip"]["config"]["model"]["bias"] == -10
+    assert well("methods", "--markdown").startswith("# Methods\n")
 
 
 # shards, negatives, world
@@ -323,8 +349,24 @@ def test_world_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         return {"counts": {"train": 5, "eval/dev": {"rows": 2, "pictures": 1}}}
 
     monkeypatch.setattr(build, "build_world", build_world)
-    said = well("world", "build", tmp_path, "--pictures", "5", "--seed", "3", "--size", "48", "--eval-rows", "2")
-    assert calls == [(tmp_path, {"pictures": 5, "seed": 3, "size": 48, "eval_rows": 2, "overwrite": False})]
+    said = well(
+        "world",
+        "build",
+        tmp_path,
+        "--pictures",
+        "5",
+        "--seed",
+        "3",
+        "--size",
+        "48",
+        "--eval-rows",
+        "2",
+        "--drawn-negatives",
+        "4",
+    )
+    assert calls == [
+        (tmp_path, {"pictures": 5, "seed": 3, "size": 48, "eval_rows": 2, "drawn_negatives": 4, "overwrite": False})
+    ]
     assert said.splitlines() == ["part\tholds", "train\t5 pairs", "eval/dev\t2 rows 1 pictures"]
 
 

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
-from clipkit import config as configuration
 from clipkit.errors import UserError, did_you_mean
 from clipkit.registry import RULES, SCORES, SOURCES, TERMS, Registry, settings_of
 
@@ -86,16 +82,6 @@ def test_the_registries_fill_themselves(registry: Registry, some: set[str]) -> N
     assert set(registry) >= some and len(registry) > 0
     for name in registry:
         assert registry.entry(name).summary, f"{registry.kind} {name} has no docstring"
-
-
-def test_every_term_is_in_the_table_of_terms() -> None:
-    """With a config that exists, or from Python."""
-    root = Path(__file__).parent.parent
-    rows = [line.split("|") for line in (root / "docs/terms.md").read_text().splitlines() if line.startswith("| `")]
-    assert sorted(row[1].strip(" `") for row in rows) == list(TERMS)
-    for row in rows:
-        for config in re.findall("`(.*?)`", row[5]):
-            assert row[1].strip(" `") in (configuration.load(config).objective), config
 
 
 def test_nearest_name_or_all_of_them() -> None:

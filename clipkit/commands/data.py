@@ -219,6 +219,9 @@ def build_world(
     seed: Seed = 0,
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Side of a picture.")] = 64,
     eval_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows a category in each evaluation set.")] = 300,
+    drawn_negatives: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Negative captions with pictures of their own, a training pair.")
+    ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a world: training shards, dev and test sets.
@@ -227,7 +230,15 @@ def build_world(
     """
     from clipkit.data.world.build import build_world
 
-    world = build_world(out, pictures=pictures, seed=seed, size=size, eval_rows=eval_rows, overwrite=overwrite)
+    world = build_world(
+        out,
+        pictures=pictures,
+        seed=seed,
+        size=size,
+        eval_rows=eval_rows,
+        drawn_negatives=drawn_negatives,
+        overwrite=overwrite,
+    )
     rows = [
         (name, " ".join(f"{n} {what}" for what, n in count.items()) if isinstance(count, dict) else f"{count} pairs")
         for name, count in world["counts"].items()

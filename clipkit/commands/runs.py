@@ -1,16 +1,19 @@
-"""train, config, demo."""
+"""train, sweep, methods, config, demo."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clipkit.commands.arguments import ConfigFile, Settings
+from clipkit.commands.arguments import ConfigFile, Json, Settings, words
+from clipkit.commands.output import STDOUT, print_table, write_json
+from clipkit.errors import UserError
 
 
 def train(
@@ -82,3 +85,59 @@ def demo(
     from clipkit.demo import run
 
     run(out, pictures=pictures, settings=tuple(settings or ()))
+
+
+def sweep(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="METHODS KEY=VALUE", help="Configs, and settings for all; default: all."),
+    ] = None,
+    base: Annotated[
+        str, typer.Option("--on", metavar="CONFIG", help="The conditions: data, start, steps, benchmarks.")
+    ] = ("world_sweep"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is written.")] = Path("sweep"),
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Every method is trained with each.")] = "0",
+) -> None:
+    """Compare methods under equal conditions.
+
+    Each is trained and evaluated on the data, from the start, for the steps and with the optimizer of one config;
+    sweep.md and sweep.json hold the table. What is there already is not done again.
+    """
+    given = methods or []
+    names = [item for item in given if "=" not in item]
+    if bad := [seed for seed in words(seeds) if not seed.isdigit()]:
+        raise UserError(f"--seeds {seeds}: should be whole numbers, found {bad[0]}")
+    from clipkit import methods as described
+    from clipkit.sweep import markdown, run
+
+    chosen = [int(seed) for seed in words(seeds)]
+    overrides = [item for item in given if "=" in item]
+    print(markdown(run(names or described.every(), base=base, out=out, seeds=chosen, settings=overrides)), end="")
+
+
+def list_methods(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The whole document, docs/methods.md.")] = False,
+    measured: Annotated[
+        Path | None, typer.Option("--sweep", metavar="FILE", help="A sweep.json, for the document's last table.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """List the methods, what they need and which config trains them."""
+    from clipkit import methods
+
+    found = [methods.method(name) for name in methods.every()]
+    if as_markdown:
+        table = ""
+        if measured:
+            from clipkit.sweep import markdown, read
+
+            table = markdown(read(measured))
+        print(methods.markdown(found, table), end="")
+        return
+    if json_path:
+        write_json(
+            [asdict(one) | {"config": one.config.model_dump(mode="json"), "needs": one.needs} for one in found],
+            json_path,
+        )
+    if json_path != STDOUT:
+        print_table(["method", "what it is", "needs"], [(one.name, one.title, ", ".join(one.needs)) for one in found])

@@ -39,6 +39,7 @@ from clipkit.data.world.scene import (
     sample_training_scene,
 )
 from clipkit.data.world.tasks import TASKS, Row, make_row
+from clipkit.data.world.variants import variants
 from clipkit.errors import UserError
 
 CLASSES: dict[str, dict[str, dict[str, str]]] = {
@@ -69,6 +70,7 @@ class Settings:
     eval_rows: int
     zeroshot_pictures: int
     eval_seeds: tuple[int, ...]
+    drawn_negatives: int = 0
 
 
 def build_world(
@@ -82,6 +84,7 @@ def build_world(
     eval_rows: int = 300,
     zeroshot_pictures: int = 420,
     eval_seeds: tuple[int, ...] = (1, 2, 3),
+    drawn_negatives: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -89,11 +92,14 @@ def build_world(
     """Write a world to the folder `out` (layout above) and return what its world.json says.
 
     `size` is the side of the square pictures in pixels, `eval_rows` the rows of each category in each evaluation set,
-    `zeroshot_pictures` the pictures of each zero-shot set, spread over its classes. The same settings give the same
-    bytes, whatever `workers` (processes; default: one a core). `out` appears only when complete. Raises UserError when
-    `out` exists (unless `overwrite`, for an old world).
+    `zeroshot_pictures` the pictures of each zero-shot set, spread over its classes. With `drawn_negatives` training
+    pairs have up to so many negative captions with pictures of their own; nothing else changes. The same settings give
+    the same bytes, whatever `workers` (processes; default: one a core). `out` appears only when complete. Raises
+    UserError when `out` exists (unless `overwrite`, for an old world).
     """
-    settings = Settings(pictures, seed, size, per_shard, dev_pictures, eval_rows, zeroshot_pictures, tuple(eval_seeds))
+    settings = Settings(
+        pictures, seed, size, per_shard, dev_pictures, eval_rows, zeroshot_pictures, tuple(eval_seeds), drawn_negatives
+    )
     _check(settings)
     target = Path(out)
     _make_room(target, overwrite)
@@ -112,6 +118,8 @@ def _check(settings: Settings) -> None:
     for name in ("pictures", "per_shard", "dev_pictures", "eval_rows", "zeroshot_pictures"):
         if getattr(settings, name) < 1:
             raise UserError(f"world: {name} should be at least 1, got {getattr(settings, name)}")
+    if settings.drawn_negatives < 0:
+        raise UserError(f"world: drawn_negatives should be at least 0, got {settings.drawn_negatives}")
     if not 32 <= settings.size <= 512:
         raise UserError(f"world: size should be 32 to 512 pixels (smaller hides textures), got {settings.size}")
 
@@ -175,7 +183,19 @@ def _sample(settings: Settings, split: str, number: int) -> Sample:
     scene = sample_training_scene(rng)
     picture = encode_jpeg(draw(scene, rng, settings.size))
     key = f"{split}-{number:07d}"
-    return Sample(key, picture, "jpg", captions(scene, rng), {"group": key, "scene": scene.to_json()})
+    sample = Sample(key, picture, "jpg", captions(scene, rng), {"group": key, "scene": scene.to_json()})
+    if settings.drawn_negatives and split == "train":
+        _add_negatives(sample, scene, rng, settings)
+    return sample
+
+
+def _add_negatives(sample: Sample, scene: Scene, rng: Random, settings: Settings) -> None:
+    """Negatives with pictures, the same for each of the captions."""
+    negatives = []
+    for number, (kind, text, other) in enumerate(variants(scene, rng, settings.drawn_negatives)):
+        negatives.append({"text": text, "kind": kind, "source": "world", "picture": number})
+        sample.negative_images[f"negative{number}.jpg"] = encode_jpeg(draw(other, rng, settings.size))
+    sample.extra["negatives"] = [negatives for _ in sample.captions]
 
 
 def _write_eval_set(root: Path, name: str, eval_seed: int, settings: Settings, parallel: Parallel) -> dict[str, int]:

@@ -195,7 +195,7 @@ def _t2i_choice(scene: Scene, rng: Random) -> Row | None:
     elif change == "colours":
         other = recoloured(scene)
     else:
-        other = _altered(scene, change, rng)
+        other = altered(scene, change, rng)
     if claim.holds(other):
         return None
     return Row("", (scene, other), (word(claim, sample_style(rng)),), ((1,), (0,)), {"change": change})
@@ -215,7 +215,7 @@ def recoloured(scene: Scene) -> Scene:
     return replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
 
 
-def _altered(scene: Scene, name: str, rng: Random) -> Scene:
+def altered(scene: Scene, name: str, rng: Random) -> Scene:
     """One thing given another shape or colour, one that the scene does not hold."""
     place = rng.randrange(len(scene.things))
     taken = {getattr(t, name) for t in scene.things}

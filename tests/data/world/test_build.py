@@ -14,6 +14,7 @@ from PIL import Image
 
 from clipkit.data.world import build_world
 from clipkit.data.world.tasks import TASKS
+from clipkit.data.world.variants import CHANGES
 from clipkit.errors import UserError
 
 SMALL: dict[str, Any] = {
@@ -114,7 +115,7 @@ def test_zeroshot_folders_and_templates(world: Path) -> None:
 
 def test_world_json_tells_everything(world: Path) -> None:
     about = json.loads((world / "world.json").read_text())
-    assert about["settings"] | {"progress": False} == SMALL | {"seed": 0, "eval_seeds": [1, 2]}
+    assert about["settings"] | {"progress": False} == SMALL | {"seed": 0, "eval_seeds": [1, 2], "drawn_negatives": 0}
     assert about["counts"]["eval/test1"]["rows"] == 8 * len(TASKS)
     assert about["sha256"]["train-000000.tar"] == digests(world)["train-000000.tar"]
     assert "eval/test2/**.jpg" in about["sha256"]
@@ -137,3 +138,26 @@ def test_overwrite_replaces_an_old_world(tmp_path: Path) -> None:
     build_world(tmp_path / "w", workers=1, **SMALL)
     build_world(tmp_path / "w", workers=1, overwrite=True, **SMALL | {"pictures": 10})
     assert sorted(p.name for p in (tmp_path / "w").glob("train*")) == ["train-000000.tar"]
+
+
+def test_drawn_negatives_are_false_here_and_change_nothing_else(world: Path, tmp_path: Path, oracle: Callable) -> None:
+    build_world(tmp_path / "drawn", workers=1, drawn_negatives=2, **SMALL)
+    plain, drawn = (digests(folder) for folder in (world, tmp_path / "drawn"))
+    assert {name for name in drawn if drawn[name] != plain[name]} == {
+        "world.json",
+        *(name for name in plain if name.startswith("train-")),
+    }
+    kinds = set()
+    for tar in sorted(world.glob("train-*.tar")):
+        before, after = members(tar), members(tmp_path / "drawn" / tar.name)
+        assert all(after[name] == data for name, data in before.items() if not name.endswith(".json"))
+        for name in (name for name in before if name.endswith(".json")):
+            sheet = json.loads(after[name])
+            negatives = sheet.pop("negatives")
+            assert sheet == json.loads(before[name]) and len(negatives) == len(sheet["captions"])
+            assert all(some == negatives[0] for some in negatives)
+            for number, negative in enumerate(negatives[0]):
+                assert negative["picture"] == number and not oracle(negative["text"], sheet["scene"])
+                assert after[name.replace(".json", f".negative{number}.jpg")] != before[name.replace(".json", ".jpg")]
+                kinds.add(negative["kind"])
+    assert kinds == set(CHANGES)

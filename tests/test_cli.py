@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import typer.main
 from PIL import Image
-from typer.testing import CliRunner
 
 import clipkit
 from clipkit import cli
@@ -20,38 +19,9 @@ from clipkit import config as configuration
 from clipkit.commands import arguments, output
 from clipkit.commands.tables import check_tables
 from clipkit.errors import UserError
+from tests.typed import run, well, wrong
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
-
-
-class Outcome:
-    """What a command left behind."""
-
-    def __init__(self, result: Any):
-        self.status, self.out, self.err, self.exception = (
-            result.exit_code,
-            result.stdout,
-            result.stderr,
-            result.exception,
-        )
-
-
-def run(*words: str | Path, stdin: str | None = None) -> Outcome:
-    return Outcome(CliRunner().invoke(cli.app, [str(word) for word in words], input=stdin))
-
-
-def well(*words: str | Path, stdin: str | None = None) -> str:
-    """Standard output of a command that must succeed."""
-    done = run(*words, stdin=stdin)
-    assert done.status == 0, done.err or done.exception
-    return done.out
-
-
-def wrong(*words: str | Path) -> str:
-    """The message of a command that must blame the user."""
-    done = run(*words)
-    assert done.status == 2 and done.err and "Traceback" not in done.err
-    return done.err
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +97,7 @@ def test_the_exit_status_of_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.startswith("nothing: no such file") and "Traceback" not in done.stderr
 
 
-# config, train, demo, sweep, methods
+# config, train, demo
 
 
 def test_config_show_fills_everything_in(tmp_path: Path) -> None:
@@ -173,32 +143,6 @@ def test_demo_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(demo, "run", lambda out, **settings: calls.append((out, settings)))
     well("demo", "--out", tmp_path, "--pictures", "64", "samples=64")
     assert calls == [(tmp_path, {"pictures": 64, "settings": ("samples=64",)})]
-
-
-def test_sweep_takes_methods_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from clipkit import methods, sweep
-
-    calls = []
-    monkeypatch.setattr(sweep, "run", lambda names, **rest: calls.append((names, rest)))
-    monkeypatch.setattr(sweep, "markdown", lambda tree: "a table\n")
-    assert (
-        well("sweep", "clip", "samples=64", "degla", "--seeds", "0,2", "--out", tmp_path, "--on", "mine") == "a table\n"
-    )
-    assert calls.pop() == (
-        ["clip", "degla"],
-        {"base": "mine", "out": tmp_path, "seeds": [0, 2], "settings": ["samples=64"]},
-    )
-    well("sweep")
-    assert calls.pop()[0] == methods.every()
-    assert "--seeds 0,x: should be whole numbers" in wrong("sweep", "clip", "--seeds", "0,x")
-
-
-def test_methods_are_listed() -> None:
-    rows = dict(line.split("\t", 1) for line in well("methods").splitlines()[1:])
-    assert rows["degla"] == "DeGLA, arXiv 2504.16801\tnegative captions, a teacher"
-    found = {one["name"]: one for one in json.loads(well("methods", "--json", "-"))}
-    assert found.keys() == rows.keys() and found["siglip"]["config"]["model"]["bias"] == -10
-    assert well("methods", "--markdown").startswith("# Methods\n")
 
 
 # shards, negatives, world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from clipkit import methods
 from clipkit.registry import TERMS
+from tests.typed import well
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -43,3 +45,11 @@ def test_needs_are_those_of_terms_data_and_model():
 
 def test_runs_on_given_data_are_no_methods():
     assert not {"world_degla", "flickr8k_clip", "abstract_scenes_start", "debug", "world_sweep"} & set(methods.every())
+
+
+def test_methods_are_listed() -> None:
+    rows = dict(line.split("\t", 1) for line in well("methods").splitlines()[1:])
+    assert rows["degla"] == "DeGLA, arXiv 2504.16801\tnegative captions, a teacher"
+    found = {one["name"]: one for one in json.loads(well("methods", "--json", "-"))}
+    assert found.keys() == rows.keys() and found["siglip"]["config"]["model"]["bias"] == -10
+    assert well("methods", "--markdown").startswith("# Methods\n")

@@ -14,6 +14,7 @@ from clipkit import sweep
 from clipkit.errors import UserError
 from tests.evaluation.fakes import write_benchmark
 from tests.training.conftest import degla_tree, tiny_samples
+from tests.typed import well, wrong
 
 
 @pytest.fixture
@@ -90,3 +91,21 @@ def test_zero_shot_is_the_mean_of_independent_sets():
     value, low, high = sweep._mean([Metric(0.5, 0.4, 0.6, 10), Metric(0.7, 0.6, 0.9, 10)])
     assert value == pytest.approx(0.6)
     assert low == pytest.approx(0.6 - 0.02**0.5 / 2) and high == pytest.approx(0.6 + 0.05**0.5 / 2)
+
+
+def test_sweep_takes_methods_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from clipkit import methods
+
+    calls = []
+    monkeypatch.setattr(sweep, "run", lambda names, **rest: calls.append((names, rest)))
+    monkeypatch.setattr(sweep, "markdown", lambda tree: "a table\n")
+    assert (
+        well("sweep", "clip", "samples=64", "degla", "--seeds", "0,2", "--out", tmp_path, "--on", "mine") == "a table\n"
+    )
+    assert calls.pop() == (
+        ["clip", "degla"],
+        {"base": "mine", "out": tmp_path, "seeds": [0, 2], "settings": ["samples=64"]},
+    )
+    well("sweep")
+    assert calls.pop()[0] == methods.every()
+    assert "--seeds 0,x: should be whole numbers" in wrong("sweep", "clip", "--seeds", "0,x")

@@ -38,8 +38,8 @@ def asked(script: str, *words: str, **environment: str) -> tuple[str, str]:
     return arguments, variables
 
 
-def test_there_are_three() -> None:
-    assert SCRIPTS == ["deepspeed.sh", "local.sh", "torchrun.sh"]
+def test_there_are_four() -> None:
+    assert SCRIPTS == ["deepspeed.sh", "local.sh", "slurm.sh", "torchrun.sh"]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])

@@ -64,6 +64,15 @@ def all_gather(x: Tensor) -> Tensor:
     return _AllGather.apply(x)  # type: ignore[return-value]
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of `x`, of one shape, over all ranks, the same on every rank; no gradient."""
+    if not active():
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
 def anywhere(flags: Tensor) -> list[bool]:
     """Which of the bool `flags` (n) are up on any rank, the same list on every rank. Waits for the device."""
     if active():

@@ -21,8 +21,8 @@ class Objective:
     """Σ weight · term over `terms` (name → settings, `weight` default 1), built once for a run.
 
     A term is a function of the embeddings; one that remembers something from step to step is a class, made with the
-    settings, whose objects take the embeddings and have `state()` and `load_state()`. Raises UserError for a term that
-    does not exist.
+    settings, whose objects take the embeddings and have `state()`, `load_state()` and `undo()`. Raises UserError for a
+    term that does not exist.
     """
 
     def __init__(self, terms: dict[str, dict[str, Any]]):
@@ -31,13 +31,9 @@ class Objective:
             name: build(name, {key: value for key, value in settings.items() if key != "weight"})
             for name, settings in terms.items()
         }
-        self._before: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, z: Embeddings) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The sum, and each term unweighted, without gradient. `z` holds the global tables: pass `z.world()`."""
-        self._before = {
-            name: {key: value.clone() for key, value in term.state().items()} for name, term in self._stateful().items()
-        }
         values = {name: term(z) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         # DDP waits for the gradient of every parameter: a scale or bias that no term asks for gets 0.
@@ -48,11 +44,11 @@ class Objective:
 
     def undo(self) -> None:
         """Let the terms forget the last batch, whose step was skipped."""
-        for name, state in self._before.items():
-            self.terms[name].load_state(state)
+        for term in self._stateful().values():
+            term.undo()
 
     def state(self) -> dict[str, Tensor]:
-        """What the terms remember, as `TERM.NAME`; the same on every rank."""
+        """What the terms remember, as `TERM.NAME`, whole at the main rank. All ranks call this together."""
         return {
             f"{name}.{key}": value.detach().cpu().contiguous()
             for name, term in self._stateful().items()

@@ -29,9 +29,11 @@ class Rank:
             raise UserError(f"rank: least ({least}) is above most ({most})")
         self.least, self.most = least, most
         self.margin: Float[Tensor, " k"] | None = None
+        self._before: Float[Tensor, " k"] | None = None
 
     def __call__(self, z: Embeddings) -> Float[Tensor, ""]:
         negatives, valid = z.negatives
+        self._before = self.margin
         own = z.scale * similarity(z.image[:, None], z.text[:, None])[:, 0]  # n 1
         other = z.scale * similarity(z.image[:, None], negatives)[:, 0]
         if self.margin is None:
@@ -58,3 +60,7 @@ class Rank:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
         self.margin = state.get("margin")
+
+    def undo(self) -> None:
+        """Forget the last batch."""
+        self.margin = self._before

@@ -60,6 +60,12 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "alignment cubed": {"alpha": 3.0},
     "uniformity": {},
     "uniformity wide": {"t": 0.5, "mask_same_group": False},
+    "sogclr": {},
+    "isogclr": {"tau": 0.2},
+    "fastclip": {},
+    "fastclip v0": {"version": "v0"},
+    "fastclip v1": {"version": "v1"},
+    "fastclip v2": {"version": "v2", "tau": 0.15},
 }
 
 

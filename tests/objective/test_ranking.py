@@ -80,3 +80,14 @@ def test_an_objective_keeps_what_its_terms_remember():
     assert got == expected
     with pytest.raises(UserError, match="holds the state of rank, not in use here"):
         Objective({"infonce": {}}).load_state(state)
+
+
+def test_an_objective_forgets_a_skipped_batch():
+    """The first, too, before which nothing was known."""
+    objective, margins = Objective({"rank": {}}), []
+    for skipped in (True, False, True, False):
+        objective(ragged(seed=len(margins)))
+        if skipped:
+            objective.undo()
+        margins.append(objective.state().get("rank.margin", torch.zeros(3)).tolist())
+    assert margins[0] == [0.0] * 3 and margins[1] == margins[2] != margins[3]

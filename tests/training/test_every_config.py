@@ -16,10 +16,6 @@ from tests.training.conftest import degla_tree
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_there_are_as_many_as_there_should_be():
-    assert len(CONFIGS) == 32
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_steps(name: str, tiny_shards: str, tmp_path: Path):
     """Its objective, teacher, locks, scale and optimizer as they are; only data, towers and lengths shrink."""

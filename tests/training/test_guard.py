@@ -45,7 +45,7 @@ def same(one: Path, other: Path) -> None:
         expected, got = (load_file(checkpoint / f"{name}.safetensors") for checkpoint in (one, other))
         assert expected.keys() == got.keys()
         for key, value in expected.items():
-            assert torch.equal(value, got[key]), f"{name}: {key}"
+            torch.testing.assert_close(got[key], value, rtol=0, atol=0, equal_nan=True, msg=f"{name}: {key}")
 
 
 def keys(config: Config, step: int) -> list[str]:
@@ -55,8 +55,9 @@ def keys(config: Config, step: int) -> list[str]:
 
 @pytest.fixture
 def tree(tiny_tree: dict) -> dict:
-    """Teacher, and a term that remembers something."""
-    return tiny_tree | {"objective": tiny_tree["objective"] | {"rank": {}}}
+    """Teacher, a term that remembers something, and one that does of every sample."""
+    of_samples = {"version": "v2", "gamma": 0.5, "visits": 2, "weight": 0.1}
+    return tiny_tree | {"objective": tiny_tree["objective"] | {"rank": {}, "fastclip": of_samples}}
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from clipkit.config import Config
 from clipkit.errors import UserError
 from clipkit.training.loop import train
+from tests.training.test_topology import finish, launch
 
 
 def losses(folder: Path) -> list[float]:
@@ -21,8 +22,9 @@ def losses(folder: Path) -> list[float]:
 
 def test_a_run_taken_up_again_keeps_its_margins(tiny_tree: dict, tmp_path: Path):
     """Cut off after its first checkpoint: the same bits at the end as a run left in peace."""
+    of_samples = {"sogclr": {}, "isogclr": {"tau": 0.1}, "fastclip": {"version": "v2", "tau": 0.1}}
     tree = tiny_tree | {
-        "objective": {"infonce": {}, "rank": {}},
+        "objective": {"infonce": {}, "rank": {}} | of_samples,
         "teacher": {"kind": "none"},
         "samples": 128,
         "save_every": 64,
@@ -32,6 +34,8 @@ def test_a_run_taken_up_again_keeps_its_margins(tiny_tree: dict, tmp_path: Path)
     first, last = sorted((folder / "checkpoints").glob("step_*"))
     margins = [load_file(checkpoint / "terms.safetensors")["rank.margin"] for checkpoint in (first, last)]
     assert margins[0].shape == (2,) and margins[0].any() and not torch.equal(*margins)
+    visits = load_file(last / "terms.safetensors")["fastclip.visits"]
+    assert len(visits) == 48 and visits.nan_to_num().sum() == 128
     shutil.rmtree(last)
     train(Config.model_validate(tree | {"name": "cut"}), resume=True)
     for name in ("terms", "model", "optimizer"):
@@ -41,8 +45,31 @@ def test_a_run_taken_up_again_keeps_its_margins(tiny_tree: dict, tmp_path: Path)
     assert losses(folder) == losses(peace)
     shutil.rmtree(last)
     without = tree | {"name": "cut", "objective": {"infonce": {}}}
-    with pytest.raises(UserError, match="holds the state of rank, not in use here"):
+    with pytest.raises(UserError, match="holds the state of fastclip, isogclr, rank, sogclr, not in use here"):
         train(Config.model_validate(without), resume=True)
+
+
+@pytest.mark.slow
+def test_what_is_known_of_samples_moves_between_world_sizes(tiny_tree: dict, tmp_path: Path):
+    """Begun on two ranks, ended on one, two and four: the losses and the state of a run on one."""
+    objective = {"infonce": {}, "fastclip": {"version": "v2", "tau": 0.1, "visits": 4}}
+    tree = tiny_tree | {"objective": objective, "teacher": {"kind": "none"}, "save_every": 160, "keep": 9}
+    whole, two = train(Config.model_validate(tree | {"name": "whole"})), tmp_path / "runs/two"
+    finish(launch(tree | {"name": "two"}, tmp_path / "two.yaml", ranks=2))
+    last = "checkpoints/step_00000020"
+    expected = load_file(whole / last / "terms.safetensors")
+    assert expected["fastclip.visits"].nan_to_num().sum() == 320
+    for ranks in (2, 1, 4):
+        folder = two
+        if ranks != 2:
+            folder = Path(shutil.copytree(two, two.with_name(f"on_{ranks}")))
+            shutil.rmtree(folder / last)
+            finish(launch(tree | {"name": folder.name}, tmp_path / f"{ranks}.yaml", ranks=ranks, resume=True))
+        assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+        got = load_file(folder / last / "terms.safetensors")
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=5e-2, equal_nan=True, msg=f"{name} on {ranks}")
 
 
 def test_without_such_terms_there_is_no_such_file(tiny_tree: dict):

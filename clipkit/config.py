@@ -64,6 +64,8 @@ class DataConfig(Section):
     """Further captions of the same picture a pair (P), as positives; sampled uniformly over kinds."""
     positive_kinds: list[str] = []
     """Kinds of captions that may be positives; empty: all."""
+    alternates: bool = False
+    """Each pair brings one of its `alternates` in the shard: batches hold twice `batch_size` pairs (NegCLIP)."""
     augment: Literal["none", "crop"] = "crop"
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9

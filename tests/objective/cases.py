@@ -60,6 +60,9 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "alignment cubed": {"alpha": 3.0},
     "uniformity": {},
     "uniformity wide": {"t": 0.5, "mask_same_group": False},
+    "generative_negatives": {},
+    "mochi": {"hardest": 3, "mixed": 4, "pulled": 2},
+    "mochi plain": {"mixed": 0, "pulled": 0, "mask_same_group": False},
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective import objective
+from clipkit.objective.queued import Mochi
 from clipkit.objective.ranking import Rank
 from tests.objective.cases import EVERY_TERM, leaves, named, ragged, run
 from tests.ranks import run_ranks
@@ -33,10 +34,15 @@ def loss_of(case: str, z: Embeddings) -> Tensor:
     if case == "remembered":
         term = Rank()
         return term(z) + term(z)
+    if case == "queued":
+        queue = Mochi(hardest=5, mixed=4, pulled=3)
+        return queue(z) + queue(replace(z, id=z.id + 50, group=z.group + 50))
     return objective(z, MIXED)[0] if case == "objective" else run(named(case), z, **EVERY_TERM[case])
 
 
-def measured(z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "remembered")) -> dict[str, Any]:
+def measured(
+    z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "remembered", "queued")
+) -> dict[str, Any]:
     """Value and gradients of every loss as plain lists; scale and bias averaged over ranks as the engine does."""
     out = {}
     for case in cases:

@@ -17,7 +17,7 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").g
 
 
 def test_there_are_as_many_as_there_should_be():
-    assert len(CONFIGS) == 32
+    assert len(CONFIGS) == 35
 
 
 @pytest.mark.parametrize("name", CONFIGS)

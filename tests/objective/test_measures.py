@@ -9,8 +9,7 @@ from clipkit.model.embeddings import Embeddings
 from clipkit.objective import Objective
 from clipkit.objective.measures import means, measures, pulls, temperatures
 from tests.objective.cases import golden, leaves, ragged
-from tests.objective.test_world import share
-from tests.ranks import run_ranks
+from tests.objective.test_world import PULLING, pulls_of
 
 
 def embeddings(n: int, seed: int) -> Embeddings:
@@ -63,31 +62,21 @@ def test_without_negatives_only_the_cosines() -> None:
     }
 
 
-MIXED = {"infonce": {}, "igc": {"weight": 0.3}, "siglip": {"weight": 2.0}, "tgc": {"weight": 0.0}, "uniformity": {}}
-
-
-def shares(z: Embeddings) -> dict[str, float]:
-    objective = Objective(MIXED)
-    leaves(z)
-    objective(z.world(), at=z)
-    return objective.pulls
-
-
 def test_pulls_are_the_lengths_of_gradients():
-    """Each term taken backward alone; the real backward pass and its gradient are none the wiser."""
+    """Each term taken backward alone; the real backward pass is none the wiser. Over ranks: test_world."""
     lengths = {}
-    for name, settings in MIXED.items():
+    for name, settings in PULLING.items():
         z = ragged()
         tables = leaves(z)
         Objective({name: settings})(z)[0].backward()
         squares = [x.grad.square().sum() for x in tables if x.ndim > 1 and x.grad is not None]
         lengths[name] = float(sum(squares)) ** 0.5
     total = sum(lengths.values())
-    assert shares(ragged()) == pytest.approx({name: length / total for name, length in lengths.items()}, abs=1e-12)
+    assert pulls_of(ragged()) == pytest.approx([length / total for length in lengths.values()], abs=1e-12)
 
     sampled, plain = ragged(), ragged()
     for z, at in ((sampled, sampled), (plain, None)):
-        tables, objective = leaves(z), Objective(MIXED)
+        tables, objective = leaves(z), Objective(PULLING)
         loss = objective(z, at=at)[0]
         assert all(x.grad is None for x in tables) and (objective.pulls == {}) == (at is None)
         loss.backward()
@@ -98,22 +87,6 @@ def test_pulls_are_the_lengths_of_gradients():
 def test_where_nothing_pulls_there_are_no_shares():
     z = ragged()
     assert all(value != value for value in pulls({"infonce": z.image.sum()}, z).values())
-
-
-def on_a_rank(rank: int, world: int) -> dict[str, float]:
-    """The contrasts once as a matrix and once in tiles, which ranks divide."""
-    found = shares(share(ragged(), rank, world))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipkit.objective.tables.TILED_FROM", 1)
-        tiled = shares(share(ragged(), rank, world))
-    return found | {f"tiled {name}": value for name, value in tiled.items()}
-
-
-def test_ranks_agree_on_pulls():
-    alone = shares(ragged())
-    expected = alone | {f"tiled {name}": value for name, value in alone.items()}
-    for found in run_ranks(on_a_rank, 2):
-        assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_temperatures():

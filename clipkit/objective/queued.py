@@ -15,7 +15,7 @@ from clipkit.objective.contrast import both_ways, diagonal, visible
 from clipkit.objective.kernel import contrast_rows, full, log_mask, similarity
 from clipkit.registry import term
 
-AT_ONCE = 2**24
+AT_ONCE = 2**20
 """Numbers held at a time for the products of pairs of keys."""
 
 

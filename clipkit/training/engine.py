@@ -69,7 +69,7 @@ class Engine:
         """
         self._statistics = [(buffer, buffer.clone()) for buffer in self._running]
         if self.config.adversary.eps:
-            # Weights cast without gradient must not be found in the cache by the pass that learns.
+            # Before pytorch #158232 was mended, weights cast without gradient stayed in the cache for what learns.
             with self.autocast(cache=False):
                 batch = attacked(self.bare, batch, self.config.adversary, self.parts)
         if self.parts == 1:

@@ -64,6 +64,8 @@ class DataConfig(Section):
     """Further captions of the same picture a pair (P), as positives; sampled uniformly over kinds."""
     positive_kinds: list[str] = []
     """Kinds of captions that may be positives; empty: all."""
+    alternates: bool = False
+    """Each pair brings one of its `alternates` in the shard: batches hold twice `batch_size` pairs (NegCLIP)."""
     augment: Literal["none", "crop"] = "crop"
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9
@@ -184,6 +186,17 @@ class GuardConfig(Section):
     """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
 
 
+class AdversaryConfig(Section):
+    """Training on pictures that are moved against the model in every step (TeCoA); off unless `eps` is above 0."""
+
+    eps: float = Field(default=0.0, ge=0.0, le=255.0)
+    """Most that a pixel's value (0 to 255) is moved."""
+    steps: Positive = 2
+    """Steps of the attack: one more forward and backward pass of the image tower each."""
+    step_size: float = Field(default=1.0, gt=0.0)
+    """How far a step moves each pixel's value."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -203,6 +216,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     guard: GuardConfig = GuardConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
     log_every: Positive = 10
     """Steps between two lines of the log."""
     log_samples: bool = False
@@ -440,6 +454,10 @@ def _cross_check(config: Config) -> list[str]:
         problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
     if config.data.cache_image_features and config.data.decode != "exact":
         problems.append("data.cache_image_features needs data.decode: exact (each picture is decoded once)")
+    if config.adversary.eps and config.model.lock_image:
+        problems.append(
+            "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false"
+        )
     problems += _check_captions(config.data) + _check_sources(config.data)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")

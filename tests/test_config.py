@@ -45,7 +45,7 @@ def test_every_packaged_config_is_found() -> None:
         "gist",
     }
     assert methods <= {Path(file).stem for file in FILES}
-    assert len(FILES) == 36
+    assert len(FILES) == 40
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -141,6 +141,10 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ),
         ("objective: {}", "objective: needs at least one term"),
         ("samples: 10", "samples: 10 is less than one batch (256)"),
+        (
+            "adversary: {eps: 1}\nmodel: {lock_image: true}",
+            "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false",
+        ),
         ("evaluate_every: 10", "evaluate_every needs suite: which benchmarks to run"),
         (
             "data: {cache_image_features: true, augment: none}",

@@ -103,7 +103,7 @@ class _Steps(Dataset):
         try:
             if self.reader.index.remote:
                 self.reader.index.prefetch(ids, SHEETS if self.reader.features is not None else None)
-            rows = [self.reader.usable(id, epoch, skipped) for id, epoch in zip(ids, epochs)]
+            rows = self.reader.rows(ids, epochs, skipped)
         except UserError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback
         return stack(rows, self.reader.data, self.tokenizer, skipped)

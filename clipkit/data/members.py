@@ -8,6 +8,7 @@ KEY.json holds, all optional:
     negatives       one list per caption of {"text", "kind", "source", "picture"}; only "text" must be there;
                     "picture": j says that KEY.negativeJ.jpg (or png, webp) shows what this negative says
     group           name of the picture, where several pairs show the same one
+    alternates      keys of other pairs, whose pictures are like this one
     anything else   is kept
 """
 
@@ -95,6 +96,8 @@ def read_sheet(members: Mapping[str, bytes]) -> Sheet:
         raise Unreadable("empty caption")
     if not _well_formed(sheet.negatives):
         raise Unreadable('broken json: negatives should be one list per caption of {"text": ..., "picture": number}')
+    if not isinstance(found := record.get("alternates", []), list) or not all(isinstance(key, str) for key in found):
+        raise Unreadable(f"broken json: alternates should be a list of keys, found {found!r:.80}")
     if sheet.group is not None:
         sheet.group = str(sheet.group)
     return sheet

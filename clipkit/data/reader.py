@@ -44,6 +44,8 @@ class Row:
     negatives: list[dict[str, Any]] = field(default_factory=list)
     negative_pictures: list[Tensor | None] = field(default_factory=list)
     """Of the first negatives, in their order; None where a negative has no picture."""
+    alternates: list[str] = field(default_factory=list)
+    """Keys of pairs with a similar picture."""
 
 
 @dataclass
@@ -57,6 +59,27 @@ class Reader:
     preprocess: Preprocess
     seed: int
     features: FeatureStore | np.ndarray | None
+
+    def __post_init__(self) -> None:
+        self._ids = self.index.ids() if self.data.alternates else {}
+
+    def rows(self, ids: Sequence[int], epochs: Sequence[int], skipped: list[tuple[str, str]]) -> list[Row]:
+        """The `usable` rows of these ids; with `data.alternates` a similar pair of each behind them, in their order."""
+        rows = [self.usable(id, epoch, skipped) for id, epoch in zip(ids, epochs)]
+        if self.data.alternates:
+            similar = [self.alternate(row, epoch) for row, epoch in zip(rows, epochs)]
+            rows += [self.usable(id, epoch, skipped) for id, epoch in zip(similar, epochs)]
+        return rows
+
+    def alternate(self, row: Row, epoch: int) -> int:
+        """The id of one of the row's `alternates`, drawn anew each epoch. Raises UserError when it names none here."""
+        here = [self._ids[key] for key in row.alternates if key in self._ids]
+        if not here:
+            raise UserError(
+                f"{self.index.where(row.id)}: data.alternates needs the key of a similar pair of data.train, "
+                f"found {row.alternates}; write `alternates` into KEY.json (docs/shards.md)"
+            )
+        return here[int(bits(1, self.seed, "alternate", epoch, row.id)[0] % len(here))]
 
     def usable(self, id: int, epoch: int, skipped: list[tuple[str, str]]) -> Row:
         """The row of `id`, or of the next readable id of its source (cyclic), noting each that is not."""
@@ -90,6 +113,7 @@ class Reader:
             self._positives(sheet, chosen, id, epoch),
             negatives,
             [self._negative_picture(members, n, id, epoch) for n in negatives[: self.data.negative_images]],
+            alternates=sheet.extra.get("alternates", []),
         )
 
     def _caption(self, sheet: Sheet, id: int, epoch: int) -> int:

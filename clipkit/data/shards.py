@@ -114,6 +114,15 @@ class Index:
         shard, position = self.locate(id)
         return self._open(shard).table.keys[position]
 
+    def ids(self) -> dict[str, int]:
+        """The ids of all pairs by key. Raises UserError for a key in two shards."""
+        found: dict[str, int] = {}
+        for shard, first in enumerate(self._starts[:-1].tolist()):
+            for position, key in enumerate(self._open(shard).table.keys):
+                if found.setdefault(key, first + position) != first + position:
+                    raise UserError(f"{self.where(first + position)}: another shard has this key too; name pairs apart")
+        return found
+
     def where(self, id: int) -> str:
         """`shard/key`, as reports name a pair."""
         return f"{self.shards[self.locate(id)[0]].name}/{self.key(id)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
+from clipkit.objective.measures import pulls
 from clipkit.registry import TERMS
 
 __all__ = ["TERMS", "Objective", "objective"]
@@ -31,11 +32,19 @@ class Objective:
             name: build(name, {key: value for key, value in settings.items() if key != "weight"})
             for name, settings in terms.items()
         }
+        self.pulls: dict[str, float] = {}
+        """Each term's share of the gradient at the embeddings, where the last call was to find it (`at`)."""
 
-    def __call__(self, z: Embeddings) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The sum, and each term unweighted, without gradient. `z` holds the global tables: pass `z.world()`."""
+    def __call__(
+        self, z: Embeddings, at: Embeddings | None = None
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The sum, and each term unweighted, without gradient. `z` holds the global tables: pass `z.world()`.
+
+        With `at`, this rank's tables, `pulls` are found too, at the price of one more backward pass of each term.
+        """
         values = {name: term(z) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        self.pulls = pulls({name: self.weights[name] * value for name, value in values.items()}, at) if at else {}
         # DDP waits for the gradient of every parameter: a scale or bias that no term asks for gets 0.
         for learned in (z.scale, z.bias):
             if isinstance(learned, Tensor):

@@ -6,7 +6,7 @@ from math import pi
 from typing import Annotated
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -28,14 +28,7 @@ def triplet(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]
     t' are the negative captions and v' the negative pictures; the k-th shows what the k-th caption says: a true pair
     where both exist. A negative caption without a picture is only a candidate.
     """
-    table, valid = z.negatives
-    if z.negative_image is None or z.negative_image.shape != table.shape:
-        found = None if z.negative_image is None else tuple(z.negative_image.shape)
-        raise UserError(
-            f"triplet: needs a negative picture for each negative caption {tuple(table.shape)}, got {found}"
-        )
-    image, text = z.negative_image.flatten(0, 1), table.flatten(0, 1)
-    exists = valid.flatten() if z.negative_image_valid is None else (valid & z.negative_image_valid).flatten()
+    image, text, exists = _made_pairs(z, "triplet")
     made = z.scale * similarity(image, text)
     logits = torch.cat([made, z.scale * similarity(image, z.text)], 1)
     keep = torch.cat([exists, torch.ones_like(z.group, dtype=torch.bool)])[None]
@@ -43,6 +36,38 @@ def triplet(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]
     texts = contrast_rows(made.T, diagonal(made), log_weights=log_mask(exists[None]))
     negative_pairs = (mean_rows(images, counted=exists) + mean_rows(texts, counted=exists)) / 2
     return infonce(z, negatives="all", mask_same_group=mask_same_group) + negative_pairs
+
+
+@term(needs=("negative_text", "negative_image"))
+def generative_negatives(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]:
+    """CLIP's contrast over all pairs, those made from negatives included. Generative Negative Mining, arXiv 2311.03964.
+
+        `infonce` of the n pairs (v_i, t_i) and the made pairs (v'_ik, t'_ik) in one batch
+
+    The k-th negative picture shows what the k-th negative caption says. So captions meet negative pictures and pictures
+    negative captions, and each made pair is an anchor, too. A negative caption without a picture takes no part.
+    """
+    image, text, exists = _made_pairs(z, "generative_negatives")
+    row = exists.nonzero()[:, 0]
+    fresh = z.group.min().clamp(max=0) - 1 - torch.arange(len(row), device=row.device)  # of nobody's picture
+    every = Embeddings(
+        torch.cat([z.image, image[row]]),
+        torch.cat([z.text, text[row]]),
+        group=torch.cat([z.group, fresh]),
+        scale=z.scale,
+        replicated=z.replicated,
+    )
+    return infonce(every, negatives="none", mask_same_group=mask_same_group)
+
+
+def _made_pairs(z: Embeddings, name: str) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"], Bool[Tensor, " m"]]:
+    """Negative pictures, negative captions and which of them are pairs. Raises UserError where a picture is missing."""
+    table, valid = z.negatives
+    if z.negative_image is None or z.negative_image.shape != table.shape:
+        found = None if z.negative_image is None else tuple(z.negative_image.shape)
+        raise UserError(f"{name}: needs a negative picture for each negative caption {tuple(table.shape)}, got {found}")
+    exists = valid if z.negative_image_valid is None else valid & z.negative_image_valid
+    return z.negative_image.flatten(0, 1), table.flatten(0, 1), exists.flatten()
 
 
 @term()

@@ -160,7 +160,7 @@ def macl(
     The weight undoes the (1 - p_ii) in the gradient of a row, which becomes that of `dcl`; a row tends to 1 as
     p_ii → 1. A pair without rivals adds nothing.
     """
-    warmth = (1 + alpha * (_pairs(z).detach().mean() - a0)).clamp(min=0.01)
+    warmth = macl_warmth(_pairs(z).detach().mean(), alpha, a0)
 
     def rows(logits: Tensor, keep: Tensor) -> Tensor:
         pair = diagonal(logits)
@@ -168,6 +168,11 @@ def macl(
         return _reweighted(decoupled).masked_fill(~(keep & ~pair).any(1), 0.0)
 
     return both_ways([rows(*side) for side in sides(z, mask_same_group)])
+
+
+def macl_warmth(aligned: Float[Tensor, ""], alpha: float = 0.5, a0: float = 0.0) -> Float[Tensor, ""]:
+    """How much warmer than 1 / s `macl` is at the mean cosine `aligned` of the pairs."""
+    return (1 + alpha * (aligned - a0)).clamp(min=0.01)
 
 
 def _reweighted(decoupled: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -21,6 +21,7 @@ from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.training.accumulate import EmbeddingCache
+from clipkit.training.adversary import attacked
 
 
 class Engine:
@@ -56,13 +57,21 @@ class Engine:
         else:
             self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, *, cache: bool = True) -> torch.autocast:
         """bf16 compute on fp32 parameters when asked for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+        enabled = self.config.engine.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
     def embed(self, batch: Batch) -> Embeddings:
-        """This rank's embeddings; with `engine.accumulate` only values, whose gradient `backward` takes further."""
+        """This rank's embeddings; with `engine.accumulate` only values, whose gradient `backward` takes further.
+
+        With `adversary.eps` of pictures moved against the model; the batch stays as it is.
+        """
         self._statistics = [(buffer, buffer.clone()) for buffer in self._running]
+        if self.config.adversary.eps:
+            # Before pytorch #158232 was mended, weights cast without gradient stayed in the cache for what learns.
+            with self.autocast(cache=False):
+                batch = attacked(self.bare, batch, self.config.adversary, self.parts)
         if self.parts == 1:
             return self.model(batch)
         self._cache = EmbeddingCache(self.model, batch.split(self.parts))

@@ -22,7 +22,7 @@ from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.data.shards import Index
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective.measures import means, measures
+from clipkit.objective.measures import means, measures, temperatures
 from clipkit.training.optim import learning_rate
 
 
@@ -52,17 +52,22 @@ class RunLog:
         """The batch has arrived: everything since the step before was waiting for data."""
         self._waited += time.perf_counter() - self._mark
 
+    def due(self, step: int) -> bool:
+        """Whether a line is written when `step` is done: every `log_every` steps and at the end."""
+        return step % self._config.log_every == 0 or step == self._config.steps
+
     def step(
         self,
         step: int,
         loss: Tensor,
         terms: dict[str, Tensor],
+        pulls: dict[str, float],
         norm: Tensor,
         z: Embeddings,
         batch: Batch,
         skipped_steps: int,
     ) -> None:
-        """Count a finished step; every `log_every` steps and at the end write a line. `z`: this rank's embeddings.
+        """Count a finished step; where one is `due`, write a line. `pulls`: the terms' shares; `z`: this rank's.
 
         Of a skipped step the line holds what is finite.
         """
@@ -73,8 +78,8 @@ class RunLog:
                 self._writer.samples(step, [id for share in shares for id in share])
         if self._writer:
             self._writer.tick(step)
-        if step % self._config.log_every == 0 or step == self._config.steps:
-            self._line(step, loss, terms, norm, z, batch.kinds, skipped_steps)
+        if self.due(step):
+            self._line(step, loss, terms, pulls, norm, z, batch.kinds, skipped_steps)
         self._mark = time.perf_counter()
 
     def skip(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, batch: Batch, index: Index) -> None:
@@ -107,6 +112,7 @@ class RunLog:
         step: int,
         loss: Tensor,
         terms: dict[str, Tensor],
+        pulls: dict[str, float],
         norm: Tensor,
         z: Embeddings,
         kinds: dict[int, str],
@@ -118,13 +124,16 @@ class RunLog:
             skipped.update(counts)
         now = time.perf_counter()
         elapsed = max(now - self._line_mark, 1e-9)
+        scale, found = float(torch.as_tensor(z.scale).detach()), means([found for _, found, _ in ranks])
         row = {
             "loss": float(loss),
             **{f"term/{name}": float(term) for name, term in terms.items()},
+            **{f"pull/{name}": share for name, share in pulls.items()},
             "lr": learning_rate(step - 1, self._config),
             "grad_norm": float(norm),
-            "scale": float(torch.as_tensor(z.scale).detach()),
-            **means([found for _, found, _ in ranks]),
+            "scale": scale,
+            **temperatures(self._config.objective, scale, found["cosine/positive"]),
+            **found,
             "data_wait": self._waited / elapsed,
             "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,
             "memory_bytes": max(used for _, _, used in ranks),

@@ -62,7 +62,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 z = engine.embed(batch)
                 if teacher:
                     z.teacher = teacher.embed(batch, engine.parts)
-            loss, terms = objective(z.world())
+            loss, terms = objective(z.world(), at=z if log.due(step + 1) else None)
             norm = engine.backward(loss)
             last = step + 1
             if guard.passes(norm):  # one answer on all ranks
@@ -73,7 +73,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 engine.skip()
                 objective.undo()
                 log.skip(last, loss.detach(), terms, norm, batch, index)
-            log.step(last, loss.detach(), terms, norm, z, batch, guard.skipped)
+            log.step(last, loss.detach(), terms, objective.pulls, norm, z, batch, guard.skipped)
             if guard.exhausted:
                 log.roll_back(last, checkpoints.roll_back())
             if guard.stopping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +190,45 @@ def test_settings_that_cannot_be_right() -> None:
     with pytest.raises(UserError, match="no kind has a chance above 0"):
         configuration.validate({"data": {"caption_kinds": {"a": 0}}})
     assert DataConfig().caption_kinds == {}
+
+
+def looking_alike(folder: Path, alternates: Callable[[int], Any]) -> Index:
+    """Six pairs in two shards, which name others."""
+    samples = [
+        Sample(f"k{n}", encode_jpeg(noise_picture(n)), "jpg", [f"number {n}"], {"alternates": alternates(n)})
+        for n in range(6)
+    ]
+    write_shards(samples, folder, per_shard=4, progress=False)
+    return Index.load(folder)
+
+
+def test_every_pair_brings_one_that_looks_alike(batches: Callable[..., list[Batch]], tmp_path: Path) -> None:
+    """Behind the others, in their order, with a caption of its own; another one in another epoch."""
+    index = looking_alike(tmp_path / "alike", lambda n: [f"k{(n + 1) % 6}", f"k{(n + 2) % 6}", "elsewhere"])
+    steps = {}
+    for batch in batches(index, 12, alternates=True):
+        first, second = batch.id.split(6)
+        assert sorted(first.tolist()) == list(range(6)) and set(((second - first) % 6).tolist()) <= {1, 2}
+        assert [words(text) for text in batch.text] == [f"number {id}" for id in batch.id.tolist()]
+        assert batch.image is not None and len(batch.image) == len(batch.group) == 12
+        for a, b in zip(first.tolist(), second.tolist()):
+            steps.setdefault(a, set()).add(b)
+    assert all(len(found) == 2 for found in steps.values())
+    plain = batches(index)[0]
+    assert torch.equal(plain.id, batches(index, alternates=True)[0].id[:6])
+
+
+def test_a_pair_without_one_that_looks_alike(batches: Callable[..., list[Batch]], tmp_path: Path) -> None:
+    for number, found in enumerate(([], ["elsewhere"])):
+        index = looking_alike(tmp_path / str(number), lambda n, found=found: found)
+        with pytest.raises(UserError, match=r"/k\d: data.alternates needs the key of a similar pair of data.train"):
+            batches(index, alternates=True)
+        assert len(batches(index)[0]) == 6
+    broken = looking_alike(tmp_path / "broken", lambda n: "k1")
+    with pytest.raises(UserError, match=r"broken json: alternates should be a list of keys, found 'k1'"):
+        batches(broken)
+    same = looking_alike(tmp_path / "same", lambda n: ["k1"])
+    shard = tmp_path / "same" / same.shards[0].name
+    shutil.copy(shard, tmp_path / "same" / "z.tar")
+    with pytest.raises(UserError, match="another shard has this key too"):
+        batches(Index.load(tmp_path / "same"), alternates=True)

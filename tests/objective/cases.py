@@ -66,6 +66,9 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "fastclip v0": {"version": "v0"},
     "fastclip v1": {"version": "v1"},
     "fastclip v2": {"version": "v2", "tau": 0.15},
+    "generative_negatives": {},
+    "mochi": {"hardest": 3, "mixed": 4, "pulled": 2},
+    "mochi plain": {"mixed": 0, "pulled": 0, "mask_same_group": False},
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from clipkit.model.embeddings import Embeddings
 from tests.objective import oracle_moving
 
@@ -315,12 +317,56 @@ def uniformity(p: Pairs, t: float = 2.0, mask_same_group: bool = True) -> float:
     return total / 2
 
 
+def generative_negatives(p: Pairs, mask_same_group: bool = True) -> float:
+    """Every pair that there is, as (picture, caption, group); made ones are of no group."""
+    pairs = [(p.v[i], p.t[i], p.group[i]) for i in p.rows]
+    pairs += [(v, t, None) for i in p.rows for v, t in zip(p.made[i], p.n[i])]
+    total = 0.0
+    for i, (v, t, group) in enumerate(pairs):
+        rivals = [
+            pair
+            for j, pair in enumerate(pairs)
+            if j != i and not (mask_same_group and group is not None and pair[2] == group)
+        ]
+        total += cross_entropy(p.scale * dot(v, t), [p.scale * dot(v, x) for _, x, _ in rivals])
+        total += cross_entropy(p.scale * dot(v, t), [p.scale * dot(t, x) for x, _, _ in rivals])
+    return total / (2 * len(pairs))
+
+
+def blend(share: float, a: Vector, b: Vector) -> Vector:
+    mixed = [share * x + (1 - share) * y for x, y in zip(a, b)]
+    length = math.sqrt(dot(mixed, mixed))
+    return [x / length for x in mixed]
+
+
+def mochi(p: Pairs, hardest: int = 1024, mixed: int = 1024, pulled: int = 128, mask_same_group: bool = True) -> float:
+    """Of a first batch, behind which there is no queue yet."""
+    generator, width = torch.Generator().manual_seed(sum(p.id)), 3 * mixed + 2 * pulled
+    table = torch.rand(len(p.rows), 2 * width, generator=generator, dtype=torch.float64).tolist()
+    total = 0.0
+    for i in p.rows:
+        drawn = table[sorted(p.id).index(p.id[i])]
+        for side, (query, keys) in enumerate(((p.v, p.t_star), (p.t, p.v_star))):
+            u = drawn[side * width : (side + 1) * width]
+            rivals = [keys[j] for j in p.rivals(i, mask_same_group)]
+            ranked = sorted(rivals, key=lambda key: -dot(query[i], key))[:hardest]
+            picks = [ranked[int(share * len(ranked))] for share in u[: 2 * mixed]]
+            made = [blend(share, a, b) for share, a, b in zip(u[2 * mixed : 3 * mixed], picks[:mixed], picks[mixed:])]
+            for share, b in zip(u[3 * mixed : 3 * mixed + pulled], u[3 * mixed + pulled :]):
+                made.append(blend(b / 2, query[i], ranked[int(share * len(ranked))]))
+            total += cross_entropy(
+                p.scale * dot(query[i], keys[i]), [p.scale * dot(query[i], x) for x in rivals + made]
+            )
+    return total / (2 * len(p.rows))
+
+
 TERMS = {
     f.__name__: f
     for f in (
         infonce, igc, tgc, distill, siglip, dcl, hn_nce, tcl, cwcl, gist, macl, gcl, one_to_k, rank, imc, fsc_global,
         tic, triplet, m2_mix, mv_infonce, mv_dhel, alignment, uniformity,
         oracle_moving.sogclr, oracle_moving.isogclr, oracle_moving.fastclip,
+        generative_negatives, mochi,
     )
 }  # fmt: skip
 

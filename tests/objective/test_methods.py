@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.synthetic import arcsine, between
+from clipkit.objective.weighted import macl_warmth
 from tests.objective import oracle
 from tests.objective.cases import golden, leaves, orthonormal, ragged, run, table
 
@@ -52,12 +53,16 @@ def test_golden_values_of_other_inputs(dtype: torch.dtype):
         6.3866460937: run("tcl", grouped(dtype)),
         2.6481305062: 2 * run("cwcl", z) - T2I,
         0.8619486099: run("triplet", with_pictures(dtype)),
-        1.4383274757: run("tic", Embeddings(captions, captions), top=3),
         0.0175130809: run("gcl", replace(z, relevance=torch.tensor([1, 0.5, 0.25, 0.75], dtype=dtype))),
-        -3.8041049060: run("uniformity", replace(z, text=z.image)),
     }
-    for figure, got in expected.items():
-        assert got.dtype == dtype and got.item() == pytest.approx(figure, abs=TOLERANCE[dtype])
+    exactly = {
+        1.4383274757: run("tic", Embeddings(captions, captions), top=3),
+        -3.8041049060: run("uniformity", replace(z, text=z.image)),
+        0.1267029999: macl_warmth((z.image * z.text).sum(1).mean()) / z.scale,
+    }
+    for figures, tolerance in ((expected, TOLERANCE), (exactly, {torch.float64: 1e-10, torch.float32: 1e-6})):
+        for figure, got in figures.items():
+            assert got.dtype == dtype and got.item() == pytest.approx(figure, abs=tolerance[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -118,6 +123,7 @@ def test_closed_forms_on_orthonormal_pairs():
     close(run("tic", z, top=100), log(B - 1))
     close(run("alignment", z), 0.0)
     close(run("uniformity", z), -4.0)
+    close(run("generative_negatives", z), log1p((3 * B - 1) * exp(-S)))
     one = orthonormal(B, 1)
     close(run("triplet", one), log1p((2 * B - 1) * exp(-S)) + log1p((B - 1) * exp(-S)))
 
@@ -355,6 +361,21 @@ def test_a_negative_equal_to_its_caption_cannot_be_told_apart():
     z = orthonormal(4, 1, scale=400.0)
     z = replace(z, negative_text=z.text[:, None], negative_image=z.image[:, None])
     close(run("triplet", z), 2 * log(2) / 2)
+
+
+def test_made_pairs_are_pairs_like_others():
+    """CLIP on the flattened batch of those that exist, whichever of them were made; real ones alone are CLIP."""
+    z = ragged()
+    assert z.negative_text is not None and z.negative_image is not None and z.valid is not None
+    kept = z.valid & (torch.arange(3) != 1)
+    image, text = torch.cat([z.image, z.negative_image[kept]]), torch.cat([z.text, z.negative_text[kept]])
+    flat = Embeddings(image, text, group=torch.cat([z.group, 100 + torch.arange(int(kept.sum()))]), scale=z.scale)
+    got = run("generative_negatives", replace(z, negative_image_valid=torch.arange(3).expand(8, 3) != 1))
+    close(got, run("infonce", flat).item())
+    none = replace(z, negative_image_valid=torch.zeros_like(z.valid))
+    assert torch.equal(run("generative_negatives", none), run("infonce", z, negatives="none"))
+    with pytest.raises(UserError, match="generative_negatives: needs a negative picture for each negative caption"):
+        run("generative_negatives", golden())
 
 
 def test_mixtures_lie_on_the_circle():

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective import objective
+from clipkit.objective import Objective, objective
+from clipkit.objective.queued import Mochi
 from clipkit.objective.ranking import Rank
 from tests.objective.cases import EVERY_TERM, leaves, named, ragged, run
 from tests.ranks import run_ranks
 
 MIXED = {"infonce": {}, "igc": {"weight": 0.1}, "tgc": {"weight": 0.1}, "distill": {"weight": 0.005}, "siglip": {}}
+
+
+PULLING = {"infonce": {}, "igc": {"weight": 0.3}, "siglip": {"weight": 2.0}, "tgc": {"weight": 0.0}, "uniformity": {}}
 
 
 def share(z: Embeddings, rank: int, world: int) -> Embeddings:
@@ -33,10 +37,15 @@ def loss_of(case: str, z: Embeddings) -> Tensor:
     if case == "remembered":
         term = Rank()
         return term(z) + term(z)
+    if case == "queued":
+        queue = Mochi(hardest=5, mixed=4, pulled=3)
+        return queue(z) + queue(replace(z, id=z.id + 50, group=z.group + 50))
     return objective(z, MIXED)[0] if case == "objective" else run(named(case), z, **EVERY_TERM[case])
 
 
-def measured(z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "remembered")) -> dict[str, Any]:
+def measured(
+    z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "remembered", "queued")
+) -> dict[str, Any]:
     """Value and gradients of every loss as plain lists; scale and bias averaged over ranks as the engine does."""
     out = {}
     for case in cases:
@@ -52,8 +61,21 @@ def measured(z: Embeddings, cases: Sequence[str] = (*EVERY_TERM, "objective", "r
     return out
 
 
+def pulls_of(z: Embeddings) -> list[float]:
+    """Each term's share of the gradient, terms in their order."""
+    shared = Objective(PULLING)
+    leaves(z)
+    shared(z.world(), at=z)
+    return list(shared.pulls.values())
+
+
 def on_a_rank(rank: int, world: int) -> dict[str, Any]:
-    return measured(share(ragged(), rank, world))
+    """Contrasts as matrices; pulls and made pairs also with the tiles that ranks divide."""
+    out = measured(share(ragged(), rank, world)) | {"pulls": [pulls_of(share(ragged(), rank, world))]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipkit.objective.tables.TILED_FROM", 1)
+        (made,) = measured(share(ragged(), rank, world), ["generative_negatives"]).values()
+        return out | {"tiled pulls": [pulls_of(share(ragged(), rank, world))], "tiled pairs": made}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -61,6 +83,8 @@ def test_ranks_equal_one_process(world: int):
     valid = ragged().valid
     assert valid is not None and len(valid.reshape(world, -1).sum(1).unique()) > 1, "validity counts must differ"
     expected = measured(ragged())
+    expected["tiled pairs"] = expected["generative_negatives"]
+    expected["pulls"] = expected["tiled pulls"] = [pulls_of(ragged())]
     for got in run_ranks(on_a_rank, world):
         assert got.keys() == expected.keys()
         for case, values in expected.items():

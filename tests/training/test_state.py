@@ -76,3 +76,24 @@ def test_without_such_terms_there_is_no_such_file(tiny_tree: dict):
     folder = train(Config.model_validate(tiny_tree | {"samples": 16, "optim": {}}))
     (checkpoint,) = (folder / "checkpoints").glob("step_*")
     assert not (checkpoint / "terms.safetensors").exists()
+
+
+def test_a_run_taken_up_again_keeps_its_queue(tiny_tree: dict):
+    """Keys of the batches before the cut are rivals behind it."""
+    tree = tiny_tree | {
+        "objective": {"mochi": {"queue": 40, "hardest": 8, "mixed": 4, "pulled": 4}},
+        "samples": 64,
+        "save_every": 32,
+        "optim": {"lr": 1e-3},
+    }
+    peace = train(Config.model_validate(tree | {"name": "peace"}))
+    folder = train(Config.model_validate(tree | {"name": "cut"}))
+    first, last = sorted((folder / "checkpoints").glob("step_*"))
+    assert load_file(first / "terms.safetensors")["mochi.image"].shape == (32, 16)
+    shutil.rmtree(last)
+    train(Config.model_validate(tree | {"name": "cut"}), resume=True)
+    for name in ("terms", "model"):
+        expected, got = (load_file(run / "checkpoints" / last.name / f"{name}.safetensors") for run in (peace, folder))
+        assert all(torch.equal(value, got[key]) for key, value in expected.items()), name
+    assert load_file(last / "terms.safetensors")["mochi.text"].shape == (40, 16)
+    assert losses(folder) == losses(peace)

@@ -58,6 +58,14 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
 
 
+def pulls(folder: Path) -> list[float]:
+    """Of every step and term, its share of the gradient."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [[row[f"pull/{term}"] for term in ("infonce", "igc", "tgc", "distill")] for row in rows]
+    assert all(sum(shares) == pytest.approx(1.0) for shares in found)
+    return [share for shares in found for share in shares]
+
+
 def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
 
@@ -86,6 +94,7 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         finish(launch(tree, tmp_path / f"{name}.yaml", ranks=2))
         folder = tmp_path / "runs" / name
         assert losses(folder) == pytest.approx(reference, abs=1e-5), name
+        assert pulls(folder) == pytest.approx(pulls(alone), abs=1e-4), name
         assert samples(folder) == samples(alone), name
         for key, value in weights(alone, "teacher").items():
             torch.testing.assert_close(weights(folder, "teacher")[key], value, atol=2e-3, rtol=0, msg=f"{name} {key}")

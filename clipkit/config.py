@@ -64,6 +64,10 @@ class DataConfig(Section):
     """Further captions of the same picture a pair (P), as positives; sampled uniformly over kinds."""
     positive_kinds: list[str] = []
     """Kinds of captions that may be positives; empty: all."""
+    tags: str = ""
+    """Vocabulary of tags, a file with one word a line (`clipkit shards tags`): which of them each picture has."""
+    labels: bool = False
+    """Read each pair's `label`, its class."""
     augment: Literal["none", "crop"] = "crop"
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9

@@ -88,6 +88,7 @@ def settings_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 _OBJECTIVE = (
     "contrast", "grounding", "distill", "sigmoid", "weighted", "groups", "ranking", "synthetic", "views", "uniformity",
+    "labels",
 )  # fmt: skip
 TERMS = Registry("term", tuple(f"clipkit.objective.{m}" for m in _OBJECTIVE))
 RULES = Registry("rule", ("clipkit.negatives.rules",))

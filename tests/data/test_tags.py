@@ -152,3 +152,25 @@ def test_vocabularies_that_cannot_be_right(data: bytes | None, message: str, tmp
         (tmp_path / "bad.txt").write_bytes(data)
     with pytest.raises(UserError, match=message):
         vocabulary(str(tmp_path / "bad.txt"))
+
+
+def test_terms_say_what_they_need() -> None:
+    terms = {
+        "stc": {},
+        "class_similarity": {},
+        "tcl": {"positives": "label"},
+        "infonce": {"mask_same_label": True},
+        "spurious": {},
+    }
+    with pytest.raises(UserError) as caught:
+        configuration.validate({"objective": terms, "data": {"negatives": 1}})
+    assert str(caught.value).splitlines()[1:] == [
+        "  objective.stc needs data.tags and model.heads.tags.vocabulary (words: clipkit shards tags), got none",
+        "  objective.class_similarity needs data.labels: true, got false",
+        "  objective.tcl needs data.labels: true, got false",
+        "  objective.infonce needs data.labels: true, got false",
+        "  objective.spurious needs data.positives ≥ 1, got 0",
+    ]
+    heads = {"data": {"tags": "a.txt"}, "model": {"heads": {"tags": {"vocabulary": "b.txt"}}}}
+    with pytest.raises(UserError, match=r"model\.heads\.tags\.vocabulary: should be the file of data\.tags, a\.txt"):
+        configuration.validate(heads)

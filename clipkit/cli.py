@@ -59,13 +59,15 @@ app = _group(
 GROUPS = {
     "config": ("Show and check configs.", {"show": runs.show, "check": runs.check, "schema": runs.schema}),
     "shards": (
-        "Write, index, check, show, count and reshard tar shards.",
+        "Write, index, check, show, count, tag and reshard tar shards.",
         {
             "build": data.build,
             "index": data.index,
             "check": data.check,
             "show": data.show,
             "stats": data.stats,
+            "tags": data.tags,
+            "nouns": data.nouns,
             "reshard": data.reshard,
         },
     ),

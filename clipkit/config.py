@@ -66,6 +66,10 @@ class DataConfig(Section):
     """Kinds of captions that may be positives; empty: all."""
     alternates: bool = False
     """Each pair brings one of its `alternates` in the shard: batches hold twice `batch_size` pairs (NegCLIP)."""
+    tags: str = ""
+    """Vocabulary of tags, a file with one word a line (`clipkit shards tags`): which of them each picture has."""
+    labels: bool = False
+    """Read each pair's `label`, its class."""
     augment: Literal["none", "crop"] = "crop"
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9
@@ -118,6 +122,25 @@ class TextTower(Section):
     """Dropout on the embedded tokens while training."""
 
 
+class TagHead(Section):
+    """A linear layer from pictures to one logit for each word of a vocabulary."""
+
+    vocabulary: str = ""
+    """The words, one a line: the file of `data.tags`; without it there is no such head."""
+    on: Literal["features", "embedding"] = "features"
+    """What it reads: what the image tower gives before it is projected, or the embedding."""
+
+
+class HeadsConfig(Section):
+    """Layers on top of the towers; they learn, also where the tower is locked."""
+
+    image: bool = False
+    """A linear projection of the image tower's output, which begins as the identity."""
+    text: bool = False
+    """The same of the text tower's."""
+    tags: TagHead = TagHead()
+
+
 class ModelConfig(Section):
     """The dual encoder."""
 
@@ -131,6 +154,7 @@ class ModelConfig(Section):
     lock_image: bool = False
     """Freeze the image tower, kept in eval mode (LiT); its projection head still learns."""
     lock_text: bool = False
+    heads: HeadsConfig = HeadsConfig()
     scale: float | None = Field(default=None, gt=0.0, le=1000.0)
     """Initial multiplicative logit scale (1/temperature); default: as loaded, else 1/0.07."""
     scale_max: float = Field(default=100.0, gt=0.0)
@@ -459,10 +483,32 @@ def _cross_check(config: Config) -> list[str]:
             "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false"
         )
     problems += _check_captions(config.data) + _check_sources(config.data)
+    problems += _check_supervision(config)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems
+
+
+def _check_supervision(config: Config) -> list[str]:
+    """Tags, labels and further captions, where a term needs them."""
+    data, words = config.data, config.model.heads.tags.vocabulary
+    problems = []
+    if words and data.tags and words != data.tags:
+        problems.append(f"model.heads.tags.vocabulary: should be the file of data.tags, {data.tags}, got {words}")
+    for name, settings in config.objective.items():
+        needs = TERMS.entry(name).needs
+        if "tag_logits" in needs and not (data.tags and words):
+            lacking = " and ".join(
+                f for f, x in (("data.tags", data.tags), ("model.heads.tags.vocabulary", words)) if not x
+            )
+            problems.append(f"objective.{name} needs {lacking} (words: clipkit shards tags), got none")
+        by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
+        if ("label" in needs or by_label) and not data.labels:
+            problems.append(f"objective.{name} needs data.labels: true, got false")
+        if "positive_text" in needs and not data.positives:
+            problems.append(f"objective.{name} needs data.positives ≥ 1, got 0")
     return problems
 
 

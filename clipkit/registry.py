@@ -90,6 +90,7 @@ _OBJECTIVE = (
     "contrast", "grounding", "distill", "sigmoid", "weighted", "groups", "ranking", "synthetic", "views", "uniformity",
     "moving",
     "queued",
+    "labels",
 )  # fmt: skip
 TERMS = Registry("term", tuple(f"clipkit.objective.{m}" for m in _OBJECTIVE))
 RULES = Registry("rule", ("clipkit.negatives.rules",))

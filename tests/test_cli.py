@@ -222,6 +222,18 @@ def test_stats_are_a_table_and_json(shards: Path, tmp_path: Path, monkeypatch: p
     assert "  looked at\t2\ta sample, seed 4" in sampled
 
 
+def test_nouns_become_tags_and_tags_a_vocabulary(shards: Path, tmp_path: Path) -> None:
+    assert "no pair has tags" in wrong("shards", "tags", shards, "--out", tmp_path / "tags.txt")
+    said = well("shards", "nouns", shards, "--out", tmp_path / "tagged", "--workers", "1")
+    assert said.startswith(f"1 shards in {tmp_path / 'tagged'}: 3 tags for 3 pairs, 0 of them without; 3 are words")
+    words = ("shards", "tags", tmp_path / "tagged", "--out", tmp_path / "tags.txt", "--top", "5")
+    found = json.loads(well(*words, "--json", "-"))
+    assert found == {"pairs": 3, "tagged": 3, "words": 1, "kept": {"picture": 3}, "share": 1.0}
+    assert "is there already" in wrong(*words)
+    lines = well(*words, "--overwrite").splitlines()
+    assert lines[:2] == ["word\tpictures", "picture\t3"] and "1 of 1 words in" in lines[2]
+
+
 def test_show_writes_contact_sheets(shards: Path, tmp_path: Path) -> None:
     page, picture = tmp_path / "new" / "sheet.html", tmp_path / "sheet.png"
     said = well("shards", "show", shards, "--html", page, "--png", picture, "--random", "1", "-n", "2")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHEET = 24
 """Pairs on a contact sheet, unless said otherwise."""
+COMMON = 20
+"""Words that are listed; the vocabulary has all."""
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder the shards are written to.")]
 
 
@@ -101,6 +103,50 @@ def stats(
         write_json(found, json_path)
     if json_path != STDOUT:
         print_tables(statistics_tables(found))
+
+
+def tags(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Vocabulary to write, one word a line.")],
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="So many words, the most frequent.")] = 10_000,
+    overwrite: Overwrite = False,
+    json_path: Json = None,
+) -> None:
+    """Write the vocabulary of tags that data.tags names.
+
+    Words are compared in lower case; how many pictures each is a tag of is counted.
+    """
+    from clipkit.data.tags import count_tags, write_vocabulary
+
+    counts, tagged, pairs = count_tags(shards)
+    kept = write_vocabulary(counts, top, out, overwrite)
+    share = sum(times for _, times in kept) / counts.total()
+    if json_path:
+        write_json(
+            {"pairs": pairs, "tagged": tagged, "words": len(counts), "kept": dict(kept), "share": share}, json_path
+        )
+    if json_path != STDOUT:
+        print_table(["word", "pictures"], kept[:COMMON], "the most frequent")
+        print(
+            f"{len(kept)} of {len(counts)} words in {out}: {share:.1%} of the tags; {tagged} of {pairs} pairs have any"
+        )
+
+
+def nouns(shards: Shards, out: Out, workers: Workers = 2, overwrite: Overwrite = False, json_path: Json = None) -> None:
+    """Copy shards, with the nouns of their captions as tags.
+
+    Tags that are there stay. Nouns are found as the rule negatives find them, in English; without WordNet's senses.
+    """
+    from clipkit.negatives.nouns import add_nouns
+
+    report = add_nouns(shards, out, workers=workers, overwrite=overwrite)
+    if json_path:
+        write_json(vars(report), json_path)
+    if json_path != STDOUT:
+        print(
+            f"{report.shards} shards in {out}: {report.tags} tags for {report.pairs} pairs, {report.untagged} of them "
+            f"without; {report.unlisted} are words that the lexicon does not know"
+        )
 
 
 def show(

@@ -1,5 +1,5 @@
 """`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, t tokens,
-c h w pixels."""
+v words of the vocabulary of tags, c h w pixels."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class Batch:
     positive_valid: Bool[Tensor, "n p"] | None = None
     relevance: Float[Tensor, " n"] | None = None
     """How well the caption fits its picture; 1 where the shard says nothing."""
+    tags: Bool[Tensor, "n v"] | None = None
+    """Which words of `data.tags` the picture is tagged with; none where nothing is known of it."""
+    label: Int64[Tensor, " n"] | None = None
+    """The number of the picture's class (`label_number`); -1 where there is none."""
     kinds: dict[int, str] = field(default_factory=dict)
     """Names of the numbers in `negative_kind`."""
     skipped: list[tuple[str, str]] = field(default_factory=list)

@@ -9,6 +9,8 @@ KEY.json holds, all optional:
                     "picture": j says that KEY.negativeJ.jpg (or png, webp) shows what this negative says
     group           name of the picture, where several pairs show the same one
     alternates      keys of other pairs, whose pictures are like this one
+    tags            list of words for what is to be seen (`data.tags`)
+    label           the picture's class, a whole number ≥ 0 or a name (`data.labels`)
     anything else   is kept
 """
 
@@ -41,7 +43,7 @@ class Sheet:
     negatives: list[list[dict[str, Any]]] = field(default_factory=list)
     group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """All other fields, and `caption_kinds` and `relevance` as they stand there."""
+    """All other fields, and `caption_kinds`, `relevance`, `tags` and `label` as they stand there."""
 
     def usable(self) -> list[int]:
         """Positions of the captions that say something."""
@@ -101,6 +103,29 @@ def read_sheet(members: Mapping[str, bytes]) -> Sheet:
     if sheet.group is not None:
         sheet.group = str(sheet.group)
     return sheet
+
+
+def tags_of(sheet: Sheet) -> list[str]:
+    """The picture's tags, as `plain` words; none where the field is missing. Raises Unreadable."""
+    tags = sheet.extra.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise Unreadable(f'broken json: tags should be a list of words (["dog", "lawn"]), found {tags!r:.80}')
+    return [word for tag in tags if (word := plain(tag))]
+
+
+def label_of(sheet: Sheet) -> int | str | None:
+    """The picture's class, None where there is none. Raises Unreadable."""
+    label = sheet.extra.get("label")
+    if isinstance(label, str) and label.strip():
+        return label.strip()
+    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
+        raise Unreadable(f"broken json: label should be a whole number ≥ 0 or a name, found {label!r:.80}")
+    return label
+
+
+def plain(word: str) -> str:
+    """A word as vocabularies hold it: lower case, single spaces."""
+    return " ".join(word.lower().split())
 
 
 def _parse(data: bytes) -> dict[str, Any]:

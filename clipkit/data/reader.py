@@ -19,15 +19,25 @@ from clipkit.config import DataConfig
 from clipkit.data.augment import random_view
 from clipkit.data.decode import Preprocess, View, decode_view, whole
 from clipkit.data.features import FeatureStore
-from clipkit.data.members import SHEETS, Sheet, Unreadable, negative_picture, picture_bytes, read_sheet
+from clipkit.data.members import (
+    SHEETS,
+    Sheet,
+    Unreadable,
+    label_of,
+    negative_picture,
+    picture_bytes,
+    read_sheet,
+    tags_of,
+)
 from clipkit.data.seeds import bits, shuffled, uniform
 from clipkit.data.shards import Index
+from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError
 
 PATIENCE = 1000
 """So many unreadable samples in a row are no accident: the data is wrong."""
 NAMED_GROUP = 1 << 62
-"""Numbers of named groups start here; a pair without a group is its own, numbered by its id."""
+"""Numbers of named groups start here; a pair without a group is its own, numbered by its id. So do those of classes."""
 
 
 @dataclass
@@ -46,6 +56,9 @@ class Row:
     """Of the first negatives, in their order; None where a negative has no picture."""
     alternates: list[str] = field(default_factory=list)
     """Keys of pairs with a similar picture."""
+    tags: list[int] = field(default_factory=list)
+    """Places in the vocabulary."""
+    label: int = -1
 
 
 @dataclass
@@ -114,6 +127,8 @@ class Reader:
             negatives,
             [self._negative_picture(members, n, id, epoch) for n in negatives[: self.data.negative_images]],
             alternates=sheet.extra.get("alternates", []),
+            tags=self._tags(sheet),
+            label=label_number(sheet) if self.data.labels else -1,
         )
 
     def _caption(self, sheet: Sheet, id: int, epoch: int) -> int:
@@ -149,6 +164,12 @@ class Reader:
         drawn = draw(negatives, self.data.negatives, self.seed, "negatives", epoch, id)
         # Those with a picture come first, so that picture j belongs to negative caption j.
         return sorted(drawn, key=lambda n: "picture" not in n) if self.data.negative_images else drawn
+
+    def _tags(self, sheet: Sheet) -> list[int]:
+        if not self.data.tags:
+            return []
+        places = vocabulary(self.data.tags)
+        return [places[word] for word in tags_of(sheet) if word in places]
 
     def _picture(self, members: dict[str, bytes], id: int, epoch: int) -> Tensor:
         if self.features is not None:
@@ -197,6 +218,14 @@ def group_number(sheet: Sheet, id: int) -> int:
     if sheet.group is None:
         return id
     return NAMED_GROUP | int(bits(1, "group", sheet.group)[0]) >> 2
+
+
+def label_number(sheet: Sheet) -> int:
+    """The class's number (int64): the label itself, or made of the name; -1 without one. Raises Unreadable."""
+    label = label_of(sheet)
+    if isinstance(label, str):
+        return NAMED_GROUP | int(bits(1, "label", label)[0]) >> 2
+    return -1 if label is None else label
 
 
 @lru_cache

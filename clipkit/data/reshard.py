@@ -121,8 +121,8 @@ def _samples(index: Index, recipe: Recipe, on_error: str, ids: range, report: Re
         key = index.key(id)
         if key in repeated:  # two old shards number their pairs alike
             key = f"{index.shards[index.locate(id)[0]].stem}/{key}"
-        extra: dict[str, Any] = {**sheet.extra, "negatives": sheet.negatives, "group": sheet.group}
-        extra = {name: value for name, value in extra.items() if value}
+        extra: dict[str, Any] = {**sheet.extra, "negatives": sheet.negatives or None, "group": sheet.group}
+        extra = {name: value for name, value in extra.items() if value is not None}
         report.samples += 1
         report.smaller += smaller is not None
         yield Sample(key, smaller or data, "jpg" if smaller else suffix, sheet.captions, extra, negatives)

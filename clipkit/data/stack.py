@@ -1,5 +1,5 @@
 """Rows into a batch: texts tokenised in one call, ragged lists padded and marked. Axes: n pairs, w places a pair,
-t tokens, s pixels."""
+v words of the vocabulary of tags, t tokens, s pixels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.reader import Row, kind_number
+from clipkit.data.tags import vocabulary
 from clipkit.data.tokenize import Tokenizer
 
 Ragged = list[list[Any]]
@@ -42,6 +43,8 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
         positive_text=positive_text,
         positive_valid=_exist(positives, data.positives),
         relevance=torch.tensor([row.relevance for row in rows]),
+        tags=_marked([row.tags for row in rows], len(vocabulary(data.tags))) if data.tags else None,
+        label=torch.tensor([row.label for row in rows]) if data.labels else None,
         skipped=skipped,
         kinds={kind_number(kind): kind for row in kinds for kind in row},
     )
@@ -74,6 +77,13 @@ def _numbers(kinds: Ragged, width: int) -> Int64[Tensor, "n w"] | None:
     if not width:
         return None
     return torch.tensor([[kind_number(kind) for kind in row] + [-1] * (width - len(row)) for row in kinds])
+
+
+def _marked(places: list[list[int]], width: int) -> Bool[Tensor, "n v"]:
+    marks = torch.zeros(len(places), width, dtype=torch.bool)
+    for row, marked in zip(marks, places):
+        row[marked] = True
+    return marks
 
 
 def _negative_pictures(

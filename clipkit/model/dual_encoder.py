@@ -1,6 +1,6 @@
 """The dual encoder: `Batch` → `Embeddings`.
 
-Axes: n pairs, k negatives, t tokens, c h w pixels, s the tower's side, f trunk features, d embedding.
+Axes: n pairs, k negatives, t tokens, c h w pixels, s the tower's side, f trunk features, v words, d embedding.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from clipkit.data.members import Unreadable
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
+from clipkit.model.heads import build_heads
 from clipkit.model.names import Parts, from_open_clip
 from clipkit.model.preprocess import own_preprocess
-from clipkit.model.spec import custom_spec
+from clipkit.model.spec import custom_spec, heads_spec
 from clipkit.model.towers import RootHead, TimmTower, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
 
@@ -45,7 +46,8 @@ class DualEncoder(nn.Module):
 
     `image_tower` gives the trunk's features [n f], `image_head` maps them to [n d] (nothing for towers that project
     themselves), `text_tower` gives [n d]. Embeddings leave in float32 at unit length, whatever the weights' type.
-    A locked tower stays in eval mode (its BatchNorm never moves) and out of the graph; a head always learns.
+    A locked tower stays in eval mode (its BatchNorm never moves) and out of the graph; a head always learns. `heads`
+    hold what the config adds: projections behind the towers, a classifier of tags.
     `spec`, `activation`, `tokenizer` and `preprocess` are all it takes to rebuild it: see `clipkit.model.load`.
     """
 
@@ -54,6 +56,7 @@ class DualEncoder(nn.Module):
         self.spec, self.tokenizer, self.preprocess = parts.spec, parts.tokenizer, parts.preprocess
         self.scale_max = scale_max
         self.image_tower, self.image_head, self.text_tower = parts.towers
+        self.heads = build_heads(parts.spec, self.image_head)
         # Shape [1], never a scalar, which DeepSpeed cannot broadcast.
         self.log_scale = nn.Parameter(torch.tensor([math.log(parts.scale)]))
         self.bias = None if parts.bias is None else nn.Parameter(torch.tensor([float(parts.bias)]))
@@ -63,6 +66,11 @@ class DualEncoder(nn.Module):
     def activation(self) -> str:
         """`gelu` or `quickgelu`: what the transformer blocks compute, and what their weights were trained with."""
         return self.spec["activation"]
+
+    @property
+    def tag_words(self) -> list[str]:
+        """The words that the tag head has a logit for, in their order; empty without one."""
+        return self.spec["heads"]["tags"]["words"] if "tags" in self.heads else []
 
     @property
     def scale(self) -> Float[Tensor, "1"]:
@@ -91,7 +99,7 @@ class DualEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower."""
-        image, negative_image = self._encode_pictures(batch)
+        image, negative_image, tag_logits = self._encode_pictures(batch)
         texts = self._encode_texts(batch)
         return Embeddings(
             image=image,
@@ -104,17 +112,21 @@ class DualEncoder(nn.Module):
             negative_image_valid=batch.negative_image_valid,
             negative_kind=batch.negative_kind,
             relevance=batch.relevance,
+            tag_logits=tag_logits,
+            tags=batch.tags,
+            label=batch.label,
             id=batch.id,
             group=batch.group,
             scale=self.scale,
             bias=self.bias,
         )
 
-    def _encode_pictures(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The pictures [n d] and, where there are any, their negatives [n j d], in one call of the tower."""
+    def _encode_pictures(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Pictures [n d] and, where there are any, their negatives [n j d] in the same call, and tag logits [n v]."""
         if batch.negative_image is None:
-            stored = batch.image_features
-            return self._project(self.image_features(batch.image) if stored is None else stored, batch.id), None
+            features = self.image_features(batch.image) if batch.image_features is None else batch.image_features
+            image = self._project(features, batch.id)
+            return image, None, self._tag_logits(features, image)
         n, j = batch.negative_image.shape[:2]
         negatives = batch.negative_image.flatten(0, 1)
         if batch.image_features is not None:
@@ -125,7 +137,7 @@ class DualEncoder(nn.Module):
         # The head's dropout is keyed by these: a number of its own for every negative.
         ids = -2 - (batch.id[:, None] * j + torch.arange(j, device=batch.id.device)).flatten()
         image, negative_image = self._project(features, torch.cat([batch.id, ids])).split([n, n * j])
-        return image, negative_image.unflatten(0, (n, j))
+        return image, negative_image.unflatten(0, (n, j)), self._tag_logits(features[:n], image)
 
     def _encode_texts(self, batch: Batch) -> dict[str, Tensor]:
         """The embeddings [... d] of every role of text that the batch holds, in one call of the tower."""
@@ -165,7 +177,19 @@ class DualEncoder(nn.Module):
             features = self.image_head(features.to(_dtype(self.image_head)), id)
         elif not isinstance(self.image_head, nn.Identity):
             features = self.image_head(features.to(_dtype(self.image_head)))
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(self._head("image", features).float(), dim=-1)
+
+    def _tag_logits(
+        self, features: Float[Tensor, "n f"], embedding: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n v"] | None:
+        if "tags" not in self.heads:
+            return None
+        read = embedding if self.spec["heads"]["tags"]["on"] == "embedding" else features
+        return self._head("tags", read).float()
+
+    def _head(self, name: str, x: Tensor) -> Tensor:
+        """`x` through the head called so; as it is where there is none."""
+        return self.heads[name](x.to(_dtype(self.heads[name]))) if name in self.heads else x
 
     def encode_text(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
         """Unit-length embeddings of texts, cut to any common length where the tower allows it (`tokenizer.trim`)."""
@@ -173,7 +197,7 @@ class DualEncoder(nn.Module):
         assert self.tokenizer.trim or tokens.shape[1] == full, f"this text tower needs all {full} positions"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked), _attention(tokens.device):
             features = self._by_length(tokens) if self.tokenizer.trim else self.text_tower(tokens)
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(self._head("text", features).float(), dim=-1)
 
     def _by_length(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
         """The text tower on texts of like length at a time: the same values, without most of the padding."""
@@ -224,6 +248,7 @@ def build(config: ModelConfig) -> DualEncoder:
     Raises UserError for names, settings and weights that do not exist or do not belong together.
     """
     parts = from_open_clip(config.name) if config.name else _from_settings(config)
+    parts = parts._replace(spec=parts.spec | heads_spec(config.heads))
     if config.bias is not None:
         parts = parts._replace(bias=config.bias)
     model = DualEncoder(parts, scale_max=config.scale_max)

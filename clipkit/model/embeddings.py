@@ -1,6 +1,7 @@
 """`Embeddings`: what the towers hand to the objective.
 
-Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), d.
+Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), v words of the vocabulary of
+tags, d.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _ROLES = {
     "positive_text": "n p d",
     "negative_text": "n k d",
     "negative_image": "n j d",
+    "tag_logits": "n v",
 }
 _BESIDE = {
     "valid": "n k",
@@ -27,6 +29,8 @@ _BESIDE = {
     "negative_image_valid": "n j",
     "negative_kind": "n k",
     "relevance": "n",
+    "tags": "n v",
+    "label": "n",
     "id": "n",
     "group": "n",
 }
@@ -34,6 +38,8 @@ _MARKS = {"negative_text": "valid", "positive_text": "positive_valid", "negative
 """Which of a ragged role's places are filled; all of them where it is not said."""
 _BLANKS = {"negative_text": 0, "negative_image": 0, "valid": False, "negative_image_valid": False, "negative_kind": -1}
 """What stands for negatives that a pair does not have."""
+_OF_THE_PICTURE = ("image", "id", "group", "relevance", "label")
+"""What a pair's further captions share with it."""
 
 
 @dataclass
@@ -48,6 +54,9 @@ class Embeddings:
     1/temperature, not its logarithm. `teacher` holds the same roles of the same pairs; terms never send a gradient into
     it. `replicated` says that every rank holds these same tables, so that ranks may divide work on them.
 
+    `tag_logits` is what a tag head says of each picture, `tags` which words it has; where it has none, nothing is known
+    of it. `label` is the number of its class, -1 without one.
+
     Raises UserError when the shapes do not belong together.
     """
 
@@ -61,6 +70,9 @@ class Embeddings:
     negative_image_valid: Bool[Tensor, "n j"] | None = None
     negative_kind: Int64[Tensor, "n k"] | None = None
     relevance: Float[Tensor, " n"] | None = None
+    tag_logits: Float[Tensor, "n v"] | None = None
+    tags: Bool[Tensor, "n v"] | None = None
+    label: Int64[Tensor, " n"] | None = None
     id: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
     group: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
     scale: Tensor | float = 1.0
@@ -92,18 +104,19 @@ class Embeddings:
         return self.negative_text, self.valid
 
     def with_positives(self) -> Embeddings:
-        """Every further caption as a pair of its own behind the others: with its picture and group, no negatives."""
+        """Every further caption as a pair of its own behind the others: its picture, group and class, no negatives.
+
+        Tags stay behind: they are said once of each picture.
+        """
         if self.positive_text is None or self.positive_valid is None:
             return self
         row, place = self.positive_valid.nonzero(as_tuple=True)
-        more = {
-            name: x[row] for name in ("image", "id", "group", "relevance") if (x := getattr(self, name)) is not None
-        }
+        more = {name: x[row] for name in _OF_THE_PICTURE if (x := getattr(self, name)) is not None}
         more["text"] = self.positive_text[row, place]
         for name, blank in _BLANKS.items():
             if (x := getattr(self, name)) is not None:
                 more[name] = x.new_full((len(row), *x.shape[1:]), blank)
-        alone = replace(self, positive_text=None, positive_valid=None, teacher=None)
+        alone = replace(self, positive_text=None, positive_valid=None, teacher=None, tag_logits=None, tags=None)
         teacher = self.teacher and self.teacher.with_positives()
         joined = {name: torch.cat([getattr(alone, name), x]) for name, x in more.items()}
         return replace(alone, **joined, teacher=teacher)

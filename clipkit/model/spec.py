@@ -17,13 +17,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipkit.config import ModelConfig
+from clipkit.config import HeadsConfig, ModelConfig
+from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError, did_you_mean
 
 Spec = dict[str, Any]
 VOCABULARY = 49408
 """CLIP's byte-pair vocabulary."""
 MODEL, WEIGHTS = "model.json", "model.safetensors"
+SHOWN = 80
+"""Letters of a setting that a message shows."""
 _WITHOUT_WEIGHT = {"dropout", "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens", "timm_model_pretrained"}
 _WITHOUT_WEIGHT |= {"hf_model_pretrained", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "drop_path_rate"}
 """Settings that may differ between weights and model."""
@@ -89,6 +92,14 @@ def custom_spec(config: ModelConfig) -> Spec:
     return json.loads(json.dumps(spec))
 
 
+def heads_spec(config: HeadsConfig) -> Spec:
+    """What a spec says of `config`'s heads, the words of their vocabulary included; nothing where there are none."""
+    heads: Spec = {name: {} for name in ("image", "text") if getattr(config, name)}
+    if config.tags.vocabulary:
+        heads["tags"] = {"on": config.tags.on, "words": list(vocabulary(config.tags.vocabulary))}
+    return {"heads": heads} if heads else {}
+
+
 def open_clip_spec(cfg: dict[str, Any], *, quick_gelu: bool) -> Spec:
     """The spec of an open_clip model config; base weights of its towers are never fetched when it is rebuilt."""
     vision, text = dict(cfg["vision_cfg"]), dict(cfg["text_cfg"])
@@ -122,13 +133,21 @@ def check_start(config: ModelConfig) -> None:
         return
     folder = checkpoint_at(config.start)
     there = read_model_json(folder)["spec"]
-    if not config.name and (problems := _differences(_flat(there), _flat(custom_spec(config)), unnamed=False)):
+    here = heads_spec(config.heads) | ({} if config.name else custom_spec(config))
+    if problems := _differences(_flat(there), _flat(here), unnamed=False):
         raise another_architecture(folder, problems)
 
 
 def differing_settings(there: Spec, here: Spec) -> list[str]:
-    """One line for each setting that decides what the weights mean and differs, the plainest difference first."""
-    return _differences(_flat(_with_defaults(there)), _flat(_with_defaults(here)), unnamed=True)
+    """One line for each setting that decides what the weights mean and differs, the plainest difference first.
+
+    That only one side has a head is none.
+    """
+    both = there.get("heads", {}).keys() & here.get("heads", {}).keys()
+    one, other = (
+        _flat(_with_defaults(spec) | {"heads": {name: spec["heads"][name] for name in both}}) for spec in (there, here)
+    )
+    return _differences(one, other, unnamed=True)
 
 
 def another_architecture(folder: Path, problems: list[str]) -> UserError:
@@ -150,8 +169,13 @@ def _differences(there: dict[str, Any], here: dict[str, Any], *, unnamed: bool) 
         a, b = (json.dumps(flat.get(name)) for flat in (there, here))
         if a != b and name.rpartition(".")[2] not in _WITHOUT_WEIGHT:
             why = "; under another activation the numbers are quietly wrong" if name == "activation" else ""
-            out.append(f"{name}: {a} there, {b} here{why}")
+            out.append(f"{name}: {shorten(a)} there, {shorten(b)} here{why}")
     return out
+
+
+def shorten(text: str) -> str:
+    """A long list (a vocabulary) by its beginning, its length and its end."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … ({len(text)} letters) … {text[-SHOWN // 2 :]}"
 
 
 def _with_defaults(spec: Spec) -> Spec:

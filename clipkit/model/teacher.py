@@ -29,6 +29,8 @@ class Teacher:
         self.decay = 0.5 ** (1 / (config.half_life * steps))
         shared = student.locked_towers()
         self.model = copy.deepcopy(student, {id(part): part for part in (*shared, student.tokenizer)})
+        if "tags" in self.model.heads:
+            del self.model.heads["tags"]  # nobody asks a teacher for tags
         self.model.eval().requires_grad_(False)
         theirs = {id(tensor) for tower in shared for tensor in (*tower.parameters(), *tower.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):

@@ -9,7 +9,7 @@ import os
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -113,7 +113,7 @@ def make(
     usage = usage_of(_captions(shards), usual) if usual else None
     recipe = Recipe(tuple(kinds or KINDS), per_kind, seed, usage)
     jobs = [(path, folder / path.name, recipe) for path in expand(shards)]
-    _check_places([job[0] for job in jobs], folder)
+    check_places([job[0] for job in jobs], folder)
     total = Report()
     pending = []
     for job in jobs:
@@ -164,14 +164,15 @@ def _captions(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
             yield from read_sheet(index.read(id, SHEETS)).captions
 
 
-def _check_places(paths: Sequence[Shard], folder: Path) -> None:
+def check_places(paths: Sequence[Shard], folder: Path) -> None:
+    """Raises UserError when these shards cannot be written to `folder` under their own names."""
     names = Counter(path.name for path in paths)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]}: {names[twice[0]]} shards have this name; make negatives folder by folder")
+        raise UserError(f"{twice[0]}: {names[twice[0]]} shards have this name; go folder by folder")
     for path in paths:
         if isinstance(path, Path) and path.resolve() == (folder / path.name).resolve():
-            raise UserError(f"{folder}: the shards themselves lie here; choose another folder for the negatives")
+            raise UserError(f"{folder}: the shards themselves lie here; choose another folder")
 
 
 def _run(jobs: list[tuple[Shard, Path, Recipe]], workers: int) -> Iterator[Report]:
@@ -193,6 +194,17 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
     """Write one shard and its line in the ledger."""
     source, target, recipe = job
     report = Report(shards=1)
+    rewrite(source, target, lambda members: _sheet(members, recipe, report))
+    entry = {"stamp": _stamp(source, target, recipe), "report": report.to_json()}
+    write_atomic(_ledger(target), json.dumps(entry).encode())
+    return report
+
+
+def rewrite(source: Shard, target: Path, sheet: Callable[[dict[str, bytes]], bytes]) -> None:
+    """Copy a shard, pair by pair and byte for byte but for KEY.json, which `sheet` makes of a pair's members.
+
+    Raises UserError where `sheet` raises Unreadable; `target` is there whole or not at all.
+    """
     index = Index.load(source, progress=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -201,16 +213,13 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
             for id in range(len(index)):
                 members = index.read(id)
                 try:
-                    members["json"] = _sheet(members, recipe, report)
+                    members["json"] = sheet(members)
                 except Unreadable as error:
                     raise UserError(f"{index.where(id)}: {error}; mend the shard (clipkit shards check)") from None
                 _write(tar, index.key(id), members)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    entry = {"stamp": _stamp(source, target, recipe), "report": report.to_json()}
-    write_atomic(_ledger(target), json.dumps(entry).encode())
-    return report
 
 
 def _sheet(members: dict[str, bytes], recipe: Recipe, report: Report) -> bytes:

@@ -45,8 +45,8 @@ class Objective:
         values = {name: term(z) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         self.pulls = pulls({name: self.weights[name] * value for name, value in values.items()}, at) if at else {}
-        # DDP waits for the gradient of every parameter: a scale or bias that no term asks for gets 0.
-        for learned in (z.scale, z.bias):
+        # DDP waits for the gradient of every parameter: what no term asks for gets 0, and so does all behind it.
+        for learned in (z.scale, z.bias, z.tag_logits, z.image, z.text):
             if isinstance(learned, Tensor):
                 total = total + 0.0 * learned.sum()
         return total, {name: value.detach() for name, value in values.items()}

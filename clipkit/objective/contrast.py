@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import mean_rows, similarity
+from clipkit.objective.labels import by_label
 from clipkit.objective.tables import Block, contrast_tables, pairs, rivals
 from clipkit.registry import term
 
@@ -17,17 +18,23 @@ Negatives = Literal["all", "own", "none"]
 
 
 @term()
-def infonce(z: Embeddings, *, negatives: Negatives = "all", mask_same_group: bool = True) -> Float[Tensor, ""]:
+def infonce(
+    z: Embeddings, *, negatives: Negatives = "all", mask_same_group: bool = True, mask_same_label: bool = False
+) -> Float[Tensor, ""]:
     """Images against captions and captions against images, hard-negative captions in the image rows. CLIP, NegCLIP.
 
         ½ [ mean_i CE(s v_i · [T; N], i) + mean_j CE(s t_j · V, j) ]
 
     N holds the negative captions of `all` pairs (NegCLIP and DeGLA as released), of the pair itself (`own`; DeGLA
     eq. 4) or of `none` (CLIP); they are never anchors. A caption of the anchor's own picture (equal group) is not its
-    negative unless `mask_same_group` is off. CLIP arXiv 2103.00020, NegCLIP arXiv 2210.01936, DeGLA arXiv 2504.16801.
+    negative unless `mask_same_group` is off, nor with `mask_same_label` one of its class. CLIP arXiv 2103.00020,
+    NegCLIP arXiv 2210.01936, DeGLA arXiv 2504.16801.
     """
     table, valid = z.negatives
-    blocks = [Block(z.text, pairs(len(z), z.image.device, z.group if mask_same_group else None))]
+    group = z.group if mask_same_group else None
+    if mask_same_label:
+        group = by_label(z, z.group if mask_same_group else torch.arange(len(z), device=z.image.device))
+    blocks = [Block(z.text, pairs(len(z), z.image.device, group))]
     own = None
     if negatives == "all":
         blocks.append(Block(table.flatten(0, 1), rivals(valid.flatten())))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clipkit.config import Share
+from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import contrast_rows, full, log_mask, mean_rows, similarity
 from clipkit.registry import term
@@ -79,6 +80,23 @@ def fsc_global(
     targets = smoothing * keep / keep.sum(1, keepdim=True)
     targets[:, 0] += 1 - smoothing
     return _mean(logits, valid, targets, gamma)
+
+
+@term(needs=("positive_text", "negative_text"))
+def spurious(z: Embeddings) -> Float[Tensor, ""]:
+    """Each picture against the prompts of its own spurious attribute and of the others. Yang et al., arXiv 2304.03916.
+
+        mean_(i,p) -log( e^{s v_i·a_ip} / (e^{s v_i·a_ip} + Σ_k e^{s v_i·n_ik}) )
+
+    a_ip are the pair's further captions ("a photo with a water background"), n_ik its negatives, what the other
+    attributes would have been called: with all of them there it is the cross-entropy over attributes. Over further
+    captions with a valid negative.
+    """
+    if z.positive_text is None or z.positive_valid is None:
+        raise UserError("spurious: needs embeddings.positive_text and found none; set data.positives")
+    negatives, valid = z.negatives
+    row, place = z.positive_valid.nonzero(as_tuple=True)
+    return _mean(z.scale * _cosines(z.image[row], z.positive_text[row, place], negatives[row]), valid[row])
 
 
 def _cosines(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.contrast import Negatives, both_ways, captions, diagonal
 from clipkit.objective.kernel import contrast_rows, log_mask, similarity
+from clipkit.objective.labels import by_label
 from clipkit.registry import term
 
 LOG_5000 = log(5000)
@@ -29,18 +30,23 @@ def tcl(
     log_k2: LogFactor = 0.0,
     within: bool = False,
     negatives: Negatives = "none",
+    positives: Literal["group", "label"] = "group",
 ) -> Float[Tensor, ""]:
     """Contrast with several positives, whose pull and push can be tuned. TCL, arXiv 2305.10675.
 
-        mean_i -1/|P| Σ_{p∈P} ( s c_ip - log D_i )      c cosines, P the others of the anchor's group
+        mean_i -1/|P| Σ_{p∈P} ( s c_ip - log D_i )      c cosines, P the others of the anchor's group or class
         D_i = Σ_P e^{s c_ip} + k1 Σ_P e^{-c_ip} + k2 Σ_N e^{s c_in}
 
     The mean of images against captions and captions against images; `within` is the paper's form, all 2n embeddings
     against one another. `log_k1: -.inf` is SupCon (arXiv 2004.11362). Negative captions (`own` or `all`) are in N of
     the images, with `within` of the captions too. The paper's k1 = 5000 is for s = 10 and does nothing at CLIP's 100:
-    take about c (s + 1), 30 for c = 0.3. Further captions (`data.positives`) are pairs of their own.
+    take about c (s + 1), 30 for c = 0.3. Further captions (`data.positives`) are pairs of their own. With
+    `positives: label` (the paper's supervised form) all of an anchor's class are in P; pairs without a class keep to
+    their group.
     """
     z = z.with_positives()
+    if positives == "label":
+        z = replace(z, group=by_label(z, z.group))
 
     def rows(anchor: Tensor, other: Tensor, negatives: Negatives) -> Tensor:
         cosines, keep = captions(replace(z, image=anchor, text=other, scale=1.0), negatives, mask_same_group=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective import build
+from clipkit.objective import TERMS, build
 
 EVERY_TERM: dict[str, dict[str, Any]] = {
     "infonce": {},
@@ -24,6 +25,14 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "siglip own": {"negatives": "own"},
     "siglip all": {"negatives": "all", "mask_same_group": False},
     "siglip group": {"positives": "group"},
+    "infonce label": {"mask_same_label": True},
+    "tcl label": {"positives": "label", "log_k1": 2.0},
+    "tcl label within": {"positives": "label", "within": True, "log_k1": -inf},
+    "stc": {},
+    "stc sum": {"reduction": "sum"},
+    "class_similarity": {},
+    "class_similarity image": {"of": "image"},
+    "spurious": {},
     "dcl": {},
     "dcl weighted": {"sigma": 0.5},
     "dcl within": {"within": True, "sigma": 2.0},
@@ -78,7 +87,12 @@ def named(case: str) -> str:
 
 
 def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
-    """A term with these settings, made for this one call."""
+    """A term with these settings, made for this one call.
+
+    For one that needs further captions, negative pictures are what is ragged and stands in their place.
+    """
+    if "positive_text" in TERMS.entry(name).needs and z.positive_text is None:
+        z = replace(z, positive_text=z.negative_image, positive_valid=z.valid)
     return build(name, settings)(z)
 
 
@@ -105,7 +119,10 @@ def unit(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def ragged(n: int = 8, k: int = 3, d: int = 6, seed: int = 0) -> Embeddings:
-    """Random fp64 tables; pairs have 0 to k valid negatives (at least two have none), and two share a picture."""
+    """Random fp64 tables; pairs have 0 to k valid negatives (at least two have none), and two share a picture.
+
+    Two without tags, three without a class, among them those of one picture.
+    """
     g = torch.Generator().manual_seed(seed)
     valid = torch.rand(n, k, generator=g) < torch.arange(n)[:, None] % 4 / 3
     group = torch.arange(n)
@@ -119,6 +136,9 @@ def ragged(n: int = 8, k: int = 3, d: int = 6, seed: int = 0) -> Embeddings:
         id=torch.arange(n),
         group=group,
         relevance=(torch.arange(n) % 4 + 1) / 4,
+        tag_logits=torch.sin(3.0 * torch.arange(1, 5 * n + 1, dtype=torch.float64) + seed).reshape(n, 5) * 4,
+        tags=torch.tensor([1, 0, 2, 5, 0, 1, 3, 4])[torch.arange(n) % 8, None] > torch.arange(5),
+        label=torch.tensor([-1, 2, 0, 2, -1, 0, -1, 2])[torch.arange(n) % 8],
         scale=torch.tensor([9.0], dtype=torch.float64),
         bias=torch.tensor([-3.0], dtype=torch.float64),
         teacher=Embeddings(unit(g, n, d), unit(g, n, d), unit(g, n, k, d)),
@@ -134,7 +154,7 @@ def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
 
 def leaves(z: Embeddings, *, teacher: bool = False) -> list[Tensor]:
     """Make every table (and scale and bias) a leaf with gradient; returns them. With `teacher`, the teacher's too."""
-    tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image]
+    tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image, z.tag_logits]
     if teacher and z.teacher:
         tables += [z.teacher.image, z.teacher.text, z.teacher.negative_text]
     return [x.requires_grad_() for x in tables if isinstance(x, Tensor)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Pairs:
         self.n = [[x for x, ok in zip(r, o) if ok] for r, o in zip(z.negative_text.tolist(), z.valid.tolist())]
         self.id, self.group, self.scale = z.id.tolist(), z.group.tolist(), float(z.scale)
         self.relevance = [] if z.relevance is None else z.relevance.tolist()
+        self.label = [] if z.label is None else z.label.tolist()
+        self.tag_logits, self.tags = ([] if x is None else x.tolist() for x in (z.tag_logits, z.tags))
         if z.negative_image is not None:
             made = zip(z.negative_image.tolist(), z.valid.tolist())
             self.made = [[x for x, ok in zip(r, o) if ok] for r, o in made]
@@ -51,12 +54,19 @@ class Pairs:
     def alike(self, i: int) -> list[int]:
         return [j for j in self.rows if self.group[j] == self.group[i]]
 
+    def classed(self) -> Pairs:
+        """The same pairs, of one group where they are of one class."""
+        other = copy(self)
+        other.group = [("class", y) if y >= 0 else ("group", g) for y, g in zip(self.label, self.group)]
+        return other
+
     def negatives(self, i: int, which: str) -> list[Vector]:
         owners = {"all": list(self.rows), "own": [i], "none": []}[which]
         return [x for j in owners for x in self.n[j]]
 
 
-def infonce(p: Pairs, negatives: str = "all", mask_same_group: bool = True) -> float:
+def infonce(p: Pairs, negatives: str = "all", mask_same_group: bool = True, mask_same_label: bool = False) -> float:
+    p = p.classed() if mask_same_label else p
     total = 0.0
     for i in p.rows:
         rivals = p.rivals(i, mask_same_group)
@@ -138,8 +148,14 @@ def hn_nce(
 
 
 def tcl(
-    p: Pairs, log_k1: float = math.log(5000), log_k2: float = 0.0, within: bool = False, negatives: str = "none"
+    p: Pairs,
+    log_k1: float = math.log(5000),
+    log_k2: float = 0.0,
+    within: bool = False,
+    negatives: str = "none",
+    positives: str = "group",
 ) -> float:
+    p = p.classed() if positives == "label" else p
     total = 0.0
     for side, (anchor, other) in enumerate(both(p)):
         for i in p.rows:
@@ -360,6 +376,36 @@ def mochi(p: Pairs, hardest: int = 1024, mixed: int = 1024, pulled: int = 128, m
     return total / (2 * len(p.rows))
 
 
+def stc(p: Pairs, reduction: str = "mean") -> float:
+    rows = []
+    for logits, tags in zip(p.tag_logits, p.tags):
+        if any(tags):
+            losses = [math.log(1 + math.exp(-x if there else x)) for x, there in zip(logits, tags)]
+            rows.append(sum(losses) if reduction == "sum" else sum(losses) / len(losses))
+    return sum(rows) / len(rows) if rows else 0.0
+
+
+def class_similarity(p: Pairs, of: str = "both") -> float:
+    known = [i for i in p.rows if p.label[i] >= 0]
+    total = 0.0
+    for x in {"image": [p.v], "text": [p.t], "both": [p.v, p.t]}[of]:
+        for i in known:
+            same = [dot(x[i], x[j]) for j in known if p.label[j] == p.label[i]]
+            other = [dot(x[i], x[j]) for j in known if p.label[j] != p.label[i]]
+            total += (abs(sum(other)) - sum(same)) / len(known) / len(known)
+    return total
+
+
+def spurious(p: Pairs) -> float:
+    rows = [
+        cross_entropy(p.scale * dot(p.v[i], own), [p.scale * dot(p.v[i], x) for x in p.n[i]])
+        for i in p.rows
+        for own in p.made[i]
+        if p.n[i]
+    ]
+    return sum(rows) / len(rows) if rows else 0.0
+
+
 TERMS = {
     f.__name__: f
     for f in (
@@ -367,6 +413,7 @@ TERMS = {
         tic, triplet, m2_mix, mv_infonce, mv_dhel, alignment, uniformity,
         oracle_moving.sogclr, oracle_moving.isogclr, oracle_moving.fastclip,
         generative_negatives, mochi,
+        stc, class_similarity, spurious,
     )
 }  # fmt: skip
 

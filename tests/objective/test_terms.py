@@ -48,7 +48,7 @@ GOLDEN = [
 ]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 
-OWN_NEGATIVES = ("igc", "tgc", "rank", "fsc_global")
+OWN_NEGATIVES = ("igc", "tgc", "rank", "fsc_global", "spurious")
 
 every_term = pytest.mark.parametrize("case", EVERY_TERM)
 
@@ -96,10 +96,13 @@ def test_equals_its_loops(case: str, seed: int):
 @every_term
 def test_gradcheck(case: str):
     z = ragged(n=4, k=2, d=3)
-    names = ("image", "text", "negative_text", "scale", "bias", "negative_image")
-    inputs, stopped = leaves(z), Stopped()
-    if "negative_image" not in TERMS.entry(named(case)).needs:
-        inputs.pop()
+    names = ["image", "text", "negative_text", "scale", "bias", "negative_image", "tag_logits"]
+    needs, stopped = TERMS.entry(named(case)).needs, Stopped()
+    unused = {"negative_image", "tag_logits"}.difference(needs)
+    if "positive_text" in needs:  # for which negative pictures stand in
+        unused.discard("negative_image")
+    inputs = [x for name, x in zip(names, leaves(z)) if name not in unused]
+    names = [name for name in names if name not in unused]
 
     def compute(*tables: Tensor) -> Tensor:
         with stopped.held():
@@ -242,11 +245,16 @@ def test_weight_zero_equals_the_rest_bit_for_bit():
 def test_scale_and_bias_get_a_gradient_from_every_objective():
     """DDP waits for one; it is 0 where no term uses them, and a lone term keeps its value."""
     z = ragged()
-    *_, scale, bias, _ = leaves(z)
+    *_, scale, bias, _, tag_logits = leaves(z)
     total, values = objective(z, {"alignment": {}})
     total.backward()
     assert total == values["alignment"]
     assert scale.grad is not None and bias.grad is not None and scale.grad.item() == bias.grad.item() == 0.0
+    assert tag_logits.grad is not None and not tag_logits.grad.any()
+    total, _ = objective(z, {"stc": {}})
+    z.image.grad = None
+    total.backward()
+    assert z.image.grad is not None and not z.image.grad.any() and tag_logits.grad.any()
 
 
 MASKABLE = [c for c in EVERY_TERM if "mask_same_group" in TERMS.entry(named(c)).settings.keys() - EVERY_TERM[c].keys()]
@@ -356,7 +364,7 @@ def test_half_precision_is_computed_in_full(case: str):
         assert torch.equal(value(case, same), value(case, half))
 
 
-ROLES = ("image", "text", "negative_text", "negative_image")
+ROLES = ("image", "text", "negative_text", "negative_image", "tag_logits")
 
 
 def extreme(kind: str, dtype: torch.dtype) -> Embeddings:

@@ -29,6 +29,7 @@ def tiny_samples(count: int) -> list[Sample]:
             + [{"text": f"the {right} {noun} is right of the {left} {other}", "kind": "swap_nouns"}] * (number % 2),
         ]
         samples.append(Sample(f"{number:04d}", encode_jpeg(picture), "jpg", captions, {"negatives": negatives}))
+        samples[-1].extra |= {"tags": [left, right, noun, other][: number % 5], "label": noun}
     return samples
 
 
@@ -37,6 +38,14 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("shards")
     write_shards(tiny_samples(48), folder, per_shard=20, name="tiny", progress=False)
     return str(folder / "tiny-*.tar")
+
+
+@pytest.fixture(scope="session")
+def tiny_tags(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vocabulary that lacks one of the words."""
+    file = tmp_path_factory.mktemp("tags") / "tags.txt"
+    file.write_text("\n".join([*COLOURS, "wall", "boat"]))
+    return str(file)
 
 
 @pytest.fixture

@@ -22,13 +22,16 @@ from clipkit.training.optim import build_optimizer
 
 
 @pytest.fixture
-def setting(tiny_tree: dict) -> tuple[configuration.Config, DualEncoder, Teacher, Batch]:
-    """A batch of 16 with ragged negatives; the text tower drops."""
+def setting(tiny_tree: dict, tiny_tags: str) -> tuple[configuration.Config, DualEncoder, Teacher, Batch]:
+    """A batch of 16 with ragged negatives; the text tower drops; a head for tags that not all pictures have."""
     tree = tiny_tree
     tree["model"] |= {"bias": -5.0}
     tree["model"]["text"] |= {"dropout": 0.3}
     tree["objective"] |= {"siglip": {}}
     tree["data"] |= {"positives": 1}
+    tree["data"] |= {"tags": tiny_tags, "labels": True}
+    tree["model"] |= {"heads": {"image": True, "tags": {"vocabulary": tiny_tags}}}
+    tree["objective"] |= {"stc": {}, "class_similarity": {}}
     config = configuration.validate(tree)
     torch.manual_seed(0)
     model = build(config.model).train()
@@ -68,7 +71,7 @@ def test_parts_have_the_gradient_of_the_whole(
         cache.surrogate(number).backward()
     found = gradients(model)
     torch.testing.assert_close(loss, whole, atol=1e-6, rtol=1e-6)
-    assert found.keys() == expected.keys() and {"log_scale", "bias"} <= found.keys()
+    assert found.keys() == expected.keys() and {"log_scale", "bias", "heads.tags.weight"} <= found.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(
             found[name], grad, atol=1e-6 * max(1.0, float(grad.abs().max())), rtol=1e-6, msg=name

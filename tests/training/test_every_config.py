@@ -17,7 +17,7 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").g
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_steps(name: str, tiny_shards: str, tmp_path: Path):
+def test_two_steps(name: str, tiny_shards: str, tiny_tags: str, tmp_path: Path):
     """Its objective, teacher, locks, scale and optimizer as they are; only data, towers and lengths shrink."""
     config = configuration.load(name)
     small = degla_tree(tiny_shards, tmp_path)
@@ -31,6 +31,9 @@ def test_two_steps(name: str, tiny_shards: str, tmp_path: Path):
     }
     kept = {key: getattr(config.model, key) for key in ("lock_image", "lock_text", "scale", "scale_max", "bias")}
     tree["model"] = small["model"] | kept
+    tree["model"]["heads"] = config.model.heads.model_dump()
+    if config.data.tags:
+        tree["data"]["tags"] = tree["model"]["heads"]["tags"]["vocabulary"] = tiny_tags
     tree["optim"]["warmup"] = 0
     folder = train(Config.model_validate(tree))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """The world on disk: training shards, unseen pictures for retrieval, and evaluation sets.
 
     OUT/world.json                        settings, counts, vocabulary, class templates, hashes
-    OUT/train-000000.tar ...              pairs: KEY.jpg, KEY.txt, KEY.json {"captions", "group", "scene"}
+    OUT/train-000000.tar ...              pairs: KEY.jpg, KEY.txt, KEY.json {"captions", "group", "scene", "tags"}
     OUT/dev-000000.tar                    unseen pictures, same form, for retrieval
     OUT/eval/{dev,test1,test2,test3}/     dev is for tuning; test sets differ only in their seed
         rows.jsonl                        compositional rows of every category
@@ -29,7 +29,7 @@ from typing import Any
 
 from clipkit.data.build import Sample, encode_jpeg, write_shards
 from clipkit.data.world.draw import draw
-from clipkit.data.world.language import captions, vocabulary
+from clipkit.data.world.language import captions, tags, vocabulary
 from clipkit.data.world.scene import (
     COLOURS,
     SHAPES,
@@ -183,7 +183,8 @@ def _sample(settings: Settings, split: str, number: int) -> Sample:
     scene = sample_training_scene(rng)
     picture = encode_jpeg(draw(scene, rng, settings.size))
     key = f"{split}-{number:07d}"
-    sample = Sample(key, picture, "jpg", captions(scene, rng), {"group": key, "scene": scene.to_json()})
+    extra = {"group": key, "scene": scene.to_json(), "tags": tags(scene)}
+    sample = Sample(key, picture, "jpg", captions(scene, rng), extra)
     if settings.drawn_negatives and split == "train":
         _add_negatives(sample, scene, rng, settings)
     return sample

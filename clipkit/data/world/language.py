@@ -260,6 +260,11 @@ class _Speaker:
         return Mention(thing.shape, tuple(getattr(thing, name) for name in named))
 
 
+def tags(scene: Scene) -> list[str]:
+    """Shapes, colours and textures that are to be seen, by the alphabet."""
+    return sorted({word for thing in scene.things for word in (thing.shape, thing.colour, thing.texture)})
+
+
 def vocabulary() -> dict[str, object]:
     """Nouns with their plurals, adjectives and prepositions by what they describe, numbers."""
     return {

@@ -77,6 +77,8 @@ def test_shards_hold_pictures_captions_and_scenes(world: Path, oracle: Callable)
         sheet = json.loads(pairs[f"{key}.json"])
         assert sheet["group"] == key and pairs[f"{key}.txt"].decode() == sheet["captions"][0]
         assert len(sheet["captions"]) >= 2 and all(oracle(c, sheet["scene"]) for c in sheet["captions"])
+        seen = {thing[what] for thing in sheet["scene"]["things"] for what in ("shape", "colour", "texture")}
+        assert sheet["tags"] == sorted(seen)
         picture = Image.open(io.BytesIO(pairs[f"{key}.jpg"]))
         assert picture.size == (48, 48) and picture.format == "JPEG"
 

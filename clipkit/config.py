@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from clipkit.checks import check_features, check_sources, check_teacher
 from clipkit.errors import UserError, did_you_mean
 from clipkit.registry import TERMS
 
@@ -20,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+SetName = Annotated[str, Field(pattern=r"^[\w-]*$")]
 
 
 class Section(BaseModel):
@@ -78,6 +80,10 @@ class DataConfig(Section):
     """An unreadable sample ends the run, or is replaced and counted."""
     cache_image_features: bool = False
     """Encode every picture once with the locked image tower and train from the stored features."""
+    text_features: SetName = ""
+    """Stored features of captions that `model.text.features` reads: the SET of KEY.SET.text.npy (docs/shards.md)."""
+    teacher_features: SetName = ""
+    """Stored embeddings that `teacher.kind: precomputed` reads: the SET of KEY.SET.text.npy and KEY.SET.image.npy."""
 
 
 class ImageTower(Section):
@@ -106,7 +112,7 @@ class ImageTower(Section):
 
 
 class TextTower(Section):
-    """A text tower of one's own making: open_clip's causal transformer, end-of-text pooling."""
+    """A text tower of one's own making: open_clip's causal transformer, or an adapter on stored features."""
 
     width: Positive = 128
     heads: Positive = 4
@@ -114,6 +120,11 @@ class TextTower(Section):
     context_length: Positive = 77
     dropout: Share = 0.0
     """Dropout on the embedded tokens while training."""
+    features: Count = 0
+    """Width of stored features (`data.text_features`): an adapter of `layers` blocks reads them, also beside a
+    `model.name`, in place of its text tower; 0: tokens."""
+    embedder: str = ""
+    """Model (a reference as of `clipkit eval`) whose embeddings of texts are such features, to evaluate with."""
 
 
 class ModelConfig(Section):
@@ -139,9 +150,19 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     """Where self-distillation looks up to."""
 
-    kind: Literal["none", "frozen", "ema"] = "none"
-    half_life: float = Field(default=0.214, gt=0.0)
-    """EMA half-life as a fraction of the run; 0.214 leaves 3.9 % of the start, as DeGLA's 0.9996 over 8,090 steps."""
+    kind: Literal["none", "frozen", "ema", "precomputed"] = "none"
+    """`ema`: moving average of the student; `frozen`: its start, or `start`; `precomputed`: `data.teacher_features`."""
+    half_life: float | None = Field(default=None, gt=0.0)
+    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA's 0.9996 over 8,090
+    steps."""
+    half_life_samples: Positive | None = None
+    """The half-life in samples instead: the same however long the run is."""
+    warmup: Count = 0
+    """Samples over which the half-life grows from 0, where the teacher is the student, to its full length."""
+    towers: Literal["both", "image", "text"] = "both"
+    """Which towers it has. What no term looks at is not encoded either."""
+    start: str = ""
+    """Model (a reference as of `clipkit eval`) that a `frozen` teacher is, instead of the student's start."""
 
 
 class OptimConfig(Section):
@@ -430,8 +451,6 @@ def _cross_check(config: Config) -> list[str]:
                 f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
                 f"data.negatives), got {config.data.negative_images}"
             )
-        if "teacher" in needs and config.teacher.kind == "none":
-            problems.append(f"objective.{name} needs teacher.kind: ema or frozen, got none")
         if "bias" in needs and config.model.bias is None:
             problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
     if config.data.cache_image_features and not config.model.lock_image:
@@ -440,7 +459,8 @@ def _cross_check(config: Config) -> list[str]:
         problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
     if config.data.cache_image_features and config.data.decode != "exact":
         problems.append("data.cache_image_features needs data.decode: exact (each picture is decoded once)")
-    problems += _check_captions(config.data) + _check_sources(config.data)
+    problems += check_teacher(config) + check_features(config)
+    problems += _check_captions(config.data) + check_sources(config.data)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
@@ -464,20 +484,4 @@ def _check_captions(data: DataConfig) -> list[str]:
             for name, chance in data.caption_kinds.items()
             if chance not in (0, 1)
         ]
-    return problems
-
-
-def _check_sources(data: DataConfig) -> list[str]:
-    weighted = [name for name, source in data.sources.items() if source.weight is not None]
-    problems = []
-    if data.sources and data.train:
-        problems.append("data.sources: stands instead of data.train, both are given")
-    if weighted and len(weighted) < len(data.sources):
-        without = [name for name in data.sources if name not in weighted]
-        problems.append(f"data.sources: give every source a weight, or none; without: {', '.join(without)}")
-    problems += [
-        f"data.sources.{name}.epochs: weights already say how often it is read"
-        for name in weighted
-        if "epochs" in data.sources[name].model_fields_set
-    ]
     return problems

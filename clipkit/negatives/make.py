@@ -29,6 +29,8 @@ KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "re
 """DeGLA's five kinds, made by default."""
 SOURCE = "rule"
 """The `source` of every negative made here; negatives from elsewhere stay in the shard."""
+STALE = ".negatives.npy"
+"""Stored embeddings of the negatives from before (docs/shards.md)."""
 LEDGER = ".negatives"
 """Folder beside the shards with what is known of each finished one."""
 
@@ -199,7 +201,7 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for id in range(len(index)):
-                members = index.read(id)
+                members = {s: data for s, data in index.read(id).items() if not s.endswith(STALE)}
                 try:
                     members["json"] = _sheet(members, recipe, report)
                 except Unreadable as error:

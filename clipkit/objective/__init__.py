@@ -40,8 +40,8 @@ class Objective:
         }
         values = {name: term(z) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        # DDP waits for the gradient of every parameter: a scale or bias that no term asks for gets 0.
-        for learned in (z.scale, z.bias):
+        # DDP waits for the gradient of every parameter: a scale, bias or tower that no term asks for gets 0.
+        for learned in (z.scale, z.bias, z.image, z.text):
             if isinstance(learned, Tensor):
                 total = total + 0.0 * learned.sum()
         return total, {name: value.detach() for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective import build
+from clipkit.objective import TERMS, build
 
 EVERY_TERM: dict[str, dict[str, Any]] = {
     "infonce": {},
@@ -59,6 +60,9 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "alignment": {},
     "alignment cubed": {"alpha": 3.0},
     "uniformity": {},
+    "structure": {"reference_batch": 8},
+    "structure smooth": {"reference_batch": 8, "smooth": True},
+    "paraphrase": {},
     "uniformity wide": {"t": 0.5, "mask_same_group": False},
 }
 
@@ -69,8 +73,18 @@ def named(case: str) -> str:
 
 
 def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
-    """A term with these settings, made for this one call."""
+    """A term with these settings, made for this one call; one that needs further captions finds some."""
+    if "positive_text" in TERMS.entry(name).needs:
+        z = with_paraphrases(z)
     return build(name, settings)(z)
+
+
+def with_paraphrases(z: Embeddings) -> Embeddings:
+    """Each caption's numbers backwards as its first paraphrase, its picture as the second where it is relevant."""
+    exist = torch.ones(len(z), 2, dtype=torch.bool)
+    if z.relevance is not None:
+        exist[:, 1] = z.relevance > 0.5
+    return replace(z, positive_text=torch.stack([z.text.flip(1), z.image], 1), positive_valid=exist)
 
 
 def table(a: float, n: int, d: int = 8) -> Tensor:

@@ -57,7 +57,7 @@ app = _group(
 GROUPS = {
     "config": ("Show and check configs.", {"show": runs.show, "check": runs.check, "schema": runs.schema}),
     "shards": (
-        "Write, index, check, show, count and reshard tar shards.",
+        "Write, index, check, show, count, reshard and embed tar shards.",
         {
             "build": data.build,
             "index": data.index,
@@ -65,6 +65,7 @@ GROUPS = {
             "show": data.show,
             "stats": data.stats,
             "reshard": data.reshard,
+            "embed": data.embed,
         },
     ),
     "negatives": ("Make hard-negative captions.", {"make": data.make}),

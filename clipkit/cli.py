@@ -59,7 +59,7 @@ app = _group(
 GROUPS = {
     "config": ("Show and check configs.", {"show": runs.show, "check": runs.check, "schema": runs.schema}),
     "shards": (
-        "Write, index, check, show, count, tag and reshard tar shards.",
+        "Write, index, check, show, count, tag, reshard and embed tar shards.",
         {
             "build": data.build,
             "index": data.index,
@@ -69,6 +69,7 @@ GROUPS = {
             "tags": data.tags,
             "nouns": data.nouns,
             "reshard": data.reshard,
+            "embed": data.embed,
         },
     ),
     "negatives": ("Make hard-negative captions.", {"make": data.make}),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from clipkit.checks import check_captions, check_features, check_sources, check_supervision, check_teacher
 from clipkit.errors import UserError, did_you_mean
 from clipkit.registry import TERMS
 
@@ -20,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+SetName = Annotated[str, Field(pattern=r"^[\w-]*$")]
 
 
 class Section(BaseModel):
@@ -84,6 +86,10 @@ class DataConfig(Section):
     """An unreadable sample ends the run, or is replaced and counted."""
     cache_image_features: bool = False
     """Encode every picture once with the locked image tower and train from the stored features."""
+    text_features: SetName = ""
+    """Stored features of captions that `model.text.features` reads: the SET of KEY.SET.text.npy (docs/shards.md)."""
+    teacher_features: SetName = ""
+    """Stored embeddings that `teacher.kind: precomputed` reads: the SET of KEY.SET.text.npy and KEY.SET.image.npy."""
 
 
 class ImageTower(Section):
@@ -112,7 +118,7 @@ class ImageTower(Section):
 
 
 class TextTower(Section):
-    """A text tower of one's own making: open_clip's causal transformer, end-of-text pooling."""
+    """A text tower of one's own making: open_clip's causal transformer, or an adapter on stored features."""
 
     width: Positive = 128
     heads: Positive = 4
@@ -120,6 +126,11 @@ class TextTower(Section):
     context_length: Positive = 77
     dropout: Share = 0.0
     """Dropout on the embedded tokens while training."""
+    features: Count = 0
+    """Width of stored features (`data.text_features`): an adapter of `layers` blocks reads them, also beside a
+    `model.name`, in place of its text tower; 0: tokens."""
+    embedder: str = ""
+    """Model (a reference as of `clipkit eval`) whose embeddings of texts are such features, to evaluate with."""
 
 
 class TagHead(Section):
@@ -165,9 +176,19 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     """Where self-distillation looks up to."""
 
-    kind: Literal["none", "frozen", "ema"] = "none"
-    half_life: float = Field(default=0.214, gt=0.0)
-    """EMA half-life as a fraction of the run; 0.214 leaves 3.9 % of the start, as DeGLA's 0.9996 over 8,090 steps."""
+    kind: Literal["none", "frozen", "ema", "precomputed"] = "none"
+    """`ema`: moving average of the student; `frozen`: its start, or `start`; `precomputed`: `data.teacher_features`."""
+    half_life: float | None = Field(default=None, gt=0.0)
+    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA's 0.9996 over 8,090
+    steps."""
+    half_life_samples: Positive | None = None
+    """The half-life in samples instead: the same however long the run is."""
+    warmup: Count = 0
+    """Samples over which the half-life grows from 0, where the teacher is the student, to its full length."""
+    towers: Literal["both", "image", "text"] = "both"
+    """Which towers it has. What no term looks at is not encoded either."""
+    start: str = ""
+    """Model (a reference as of `clipkit eval`) that a `frozen` teacher is, instead of the student's start."""
 
 
 class OptimConfig(Section):
@@ -468,8 +489,6 @@ def _cross_check(config: Config) -> list[str]:
                 f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
                 f"data.negatives), got {config.data.negative_images}"
             )
-        if "teacher" in needs and config.teacher.kind == "none":
-            problems.append(f"objective.{name} needs teacher.kind: ema or frozen, got none")
         if "bias" in needs and config.model.bias is None:
             problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
     if config.data.cache_image_features and not config.model.lock_image:
@@ -482,66 +501,11 @@ def _cross_check(config: Config) -> list[str]:
         problems.append(
             "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false"
         )
-    problems += _check_captions(config.data) + _check_sources(config.data)
-    problems += _check_supervision(config)
+    problems += check_supervision(config)
+    problems += check_teacher(config) + check_features(config)
+    problems += check_captions(config.data) + check_sources(config.data)
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
-    return problems
-
-
-def _check_supervision(config: Config) -> list[str]:
-    """Tags, labels and further captions, where a term needs them."""
-    data, words = config.data, config.model.heads.tags.vocabulary
-    problems = []
-    if words and data.tags and words != data.tags:
-        problems.append(f"model.heads.tags.vocabulary: should be the file of data.tags, {data.tags}, got {words}")
-    for name, settings in config.objective.items():
-        needs = TERMS.entry(name).needs
-        if "tag_logits" in needs and not (data.tags and words):
-            lacking = " and ".join(
-                f for f, x in (("data.tags", data.tags), ("model.heads.tags.vocabulary", words)) if not x
-            )
-            problems.append(f"objective.{name} needs {lacking} (words: clipkit shards tags), got none")
-        by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
-        if ("label" in needs or by_label) and not data.labels:
-            problems.append(f"objective.{name} needs data.labels: true, got false")
-        if "positive_text" in needs and not data.positives:
-            problems.append(f"objective.{name} needs data.positives ≥ 1, got 0")
-    return problems
-
-
-def _check_captions(data: DataConfig) -> list[str]:
-    problems = []
-    if data.negative_images > data.negatives:
-        problems.append(
-            f"data.negative_images: {data.negative_images} pictures of {data.negatives} negatives; raise data.negatives"
-        )
-    if data.negative_images and data.cache_image_features:
-        problems.append("data.negative_images: cannot be read beside data.cache_image_features")
-    if data.caption_kinds and not any(data.caption_kinds.values()):
-        problems.append("data.caption_kinds: no kind has a chance above 0")
-    if data.caption_kinds and data.caption == "all":
-        problems += [
-            f"data.caption_kinds.{name}: with data.caption: all every kind has its turn; should be 1, got {chance}"
-            for name, chance in data.caption_kinds.items()
-            if chance not in (0, 1)
-        ]
-    return problems
-
-
-def _check_sources(data: DataConfig) -> list[str]:
-    weighted = [name for name, source in data.sources.items() if source.weight is not None]
-    problems = []
-    if data.sources and data.train:
-        problems.append("data.sources: stands instead of data.train, both are given")
-    if weighted and len(weighted) < len(data.sources):
-        without = [name for name in data.sources if name not in weighted]
-        problems.append(f"data.sources: give every source a weight, or none; without: {', '.join(without)}")
-    problems += [
-        f"data.sources.{name}.epochs: weights already say how often it is read"
-        for name in weighted
-        if "epochs" in data.sources[name].model_fields_set
-    ]
     return problems

@@ -43,7 +43,11 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self._loaded = False
 
     def register(self, *, name: str | None = None, needs: str | tuple[str, ...] = ()) -> Callable[[Any], Any]:
-        """Decorator: file the function under its own name (or `name`); `needs` names what its input must hold."""
+        """Decorator: file the function under its own name (or `name`); `needs` names what its input must hold.
+
+        Of the teacher: `teacher.ROLE`, or `teacher.ROLE?` where it can do without, and `teacher_width` where the
+        teacher's embeddings have to be as wide as the student's (clipkit/checks.py).
+        """
 
         def decorate(target: Any) -> Any:
             key = name or target.__name__

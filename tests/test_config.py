@@ -78,7 +78,8 @@ def leaves(tree: dict[str, Any], *above: str) -> list[tuple[tuple[str, ...], Any
     out: list[tuple[tuple[str, ...], Any]] = []
     for key, value in tree.items():
         path = (*above, key)
-        whole = path in {("objective",), ("roots",), ("model", "image", "cfg")} or not isinstance(value, dict)
+        free = {("objective",), ("roots",), ("model", "image", "cfg"), ("data", "caption_kinds")}
+        whole = path in free or not isinstance(value, dict)
         out += [(path, value)] if whole else leaves(value, *path)
     return out
 
@@ -133,7 +134,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("objective: {igc: {}}", "objective.igc needs data.negatives ≥ 1, got 0"),
-        ("objective: {distill: {}}", "objective.distill needs teacher.kind: ema or frozen, got none"),
+        ("objective: {distill: {}}", "objective.distill needs teacher.kind: ema, frozen or precomputed, got none"),
         ("objective: {siglip: {}}", "objective.siglip needs model.bias (a number, e.g. -10), got none"),
         (
             "objective: {triplet: {}}\ndata: {negatives: 2, negative_images: 1}",

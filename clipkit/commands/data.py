@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, Workers, settings_for, words
+from clipkit.commands.arguments import Json, Model, Overwrite, Seed, Shards, Workers, settings_for, words
 from clipkit.commands.output import STDOUT, print_table, print_tables, write_json
 from clipkit.commands.tables import check_tables, statistics_tables
 from clipkit.errors import UserError
@@ -231,6 +231,28 @@ def reshard(
     )
     if report.skipped:
         print_table(["left out", "pairs"], list(report.skipped.items()))
+
+
+def embed(
+    model: Model,
+    shards: Shards,
+    out: Out,
+    name: Annotated[str, typer.Option("--name", metavar="SET", help="Members are called KEY.SET.text.npy, ...")],
+    parts: Annotated[str, typer.Option(metavar="A,B,...", help="Of text, negatives, image.")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pairs embedded at once.")] = 64,
+) -> None:
+    """Write shards again, with a model's embeddings in them.
+
+    For teachers and text towers that read embeddings: data.teacher_features, data.text_features. Shards finished by an
+    earlier call with the same settings are kept.
+    """
+    from clipkit.model.load import load
+    from clipkit.model.store import embed_shards
+
+    report = embed_shards(
+        load(model), shards, out, name=name, parts=words(parts), reference=model, batch_size=batch_size
+    )
+    print(f"{report.shards} shards in {out}, {report.kept} of them made before; {report.pairs} pairs embedded")
 
 
 def make(

@@ -1,5 +1,5 @@
 """`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, t tokens,
-v words of the vocabulary of tags, c h w pixels."""
+v words of the vocabulary of tags, c h w pixels, f features, d embedding."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Batch:
     the batch. `id` is the dense number of the sample in the index, `group` the number of the picture: pairs with
     equal group are never each other's negatives. `valid` marks the negatives that exist (the others are padding).
     `positive_text` are further captions of the same picture. Negative picture j shows what negative caption j says.
+    `text_features` and its kin are what a text tower reads that reads no tokens, `teacher_...` what a precomputed
+    teacher makes of the pair; both lie in the shards, and rows of places without a text are 0.
     """
 
     text: Int64[Tensor, "n t"]
@@ -40,6 +42,13 @@ class Batch:
     """Which words of `data.tags` the picture is tagged with; none where nothing is known of it."""
     label: Int64[Tensor, " n"] | None = None
     """The number of the picture's class (`label_number`); -1 where there is none."""
+    text_features: Float[Tensor, "n f"] | None = None
+    positive_text_features: Float[Tensor, "n p f"] | None = None
+    negative_text_features: Float[Tensor, "n k f"] | None = None
+    teacher_image: Float[Tensor, "n d"] | None = None
+    teacher_text: Float[Tensor, "n d"] | None = None
+    teacher_positive_text: Float[Tensor, "n p d"] | None = None
+    teacher_negative_text: Float[Tensor, "n k d"] | None = None
     kinds: dict[int, str] = field(default_factory=dict)
     """Names of the numbers in `negative_kind`."""
     skipped: list[tuple[str, str]] = field(default_factory=list)

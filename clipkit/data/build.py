@@ -101,6 +101,11 @@ def write_shards(
 
 def write_shard(samples: Iterable[Sample], path: Path) -> None:
     """Write one tar under a temporary name, then put it in place. Raises UserError when a key comes twice."""
+    write_members(map(_members, samples), path)
+
+
+def write_members(pairs: Iterable[dict[str, Any]], path: Path) -> None:
+    """`write_shard` of pairs given by their members: {"__key__": KEY, "jpg": bytes, ...}."""
     import webdataset
 
     seen: set[str] = set()
@@ -109,8 +114,7 @@ def write_shard(samples: Iterable[Sample], path: Path) -> None:
         with temporary.open("wb") as file:
             # The format takes names of any length; fixed times make the bytes a function of the samples.
             with webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:  # type: ignore[arg-type]
-                for sample in samples:
-                    members = _members(sample)
+                for members in pairs:
                     if members["__key__"] in seen:
                         raise UserError(f"{path}: two samples have the key {members['__key__']}; keys name a pair")
                     seen.add(members["__key__"])

@@ -13,6 +13,7 @@ from typing import Any
 from clipkit.data.indexing import write_beside
 from clipkit.data.members import Unreadable, picture_bytes, read_sheet
 from clipkit.data.shards import Index, Shard, Summary, expand, summarise
+from clipkit.data.stored import MEMBER, read_rows
 from clipkit.errors import UserError
 
 EXAMPLES = 5
@@ -120,7 +121,9 @@ def _problem(index: Index, id: int) -> str:
 
     try:
         members = index.read(id)
-        read_sheet(members)
+        sheet = read_sheet(members)
+        for suffix in filter(MEMBER.fullmatch, members):
+            read_rows(members[suffix], suffix.split(".")[1], sheet)
         read_pixels(picture_bytes(members)[1])
     except Unreadable as reason:
         return str(reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess
 from clipkit.data.features import FeatureStore
-from clipkit.data.members import SHEETS
 from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.data.reader import Reader
@@ -50,11 +49,13 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         features: FeatureStore | np.ndarray | None = None,
+        teacher_roles: Sequence[str] = (),
     ):
         if plan.batch_size % world:
             raise UserError(f"batch_size: {plan.batch_size} pairs cannot be split evenly over {world} ranks")
         self.workers = data.workers
-        self._steps = _Steps(plan, rank, world, Reader(index, plan.ranges, data, preprocess, seed, features), tokenizer)
+        reader = Reader(index, plan.ranges, data, preprocess, seed, features, teacher_roles)
+        self._steps = _Steps(plan, rank, world, reader, tokenizer)
 
     def steps(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the global steps start ... stop-1, over as many epochs as that takes.
@@ -84,7 +85,7 @@ def check_first(index: Index, plan: Plan | Mixture, data: DataConfig) -> None:
         reader = Reader(index, plan.ranges, data, Preprocess(), seed=0, features=None)
         ids = plan.rows(0)[0][:FIRST].tolist()
         if index.remote:
-            index.prefetch(ids)
+            index.prefetch(ids, reader.wanted)
         for id in ids:
             reader.usable(id, 0, [])
 
@@ -102,11 +103,11 @@ class _Steps(Dataset):
         skipped: list[tuple[str, str]] = []
         try:
             if self.reader.index.remote:
-                self.reader.index.prefetch(ids, SHEETS if self.reader.features is not None else None)
+                self.reader.index.prefetch(ids, self.reader.wanted)
             rows = self.reader.rows(ids, epochs, skipped)
+            return stack(rows, self.reader.data, self.tokenizer, skipped)
         except UserError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback
-        return stack(rows, self.reader.data, self.tokenizer, skipped)
 
 
 def _as_it_is(batch: Any) -> Any:

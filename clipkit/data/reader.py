@@ -20,7 +20,6 @@ from clipkit.data.augment import random_view
 from clipkit.data.decode import Preprocess, View, decode_view, whole
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import (
-    SHEETS,
     Sheet,
     Unreadable,
     label_of,
@@ -31,6 +30,7 @@ from clipkit.data.members import (
 )
 from clipkit.data.seeds import bits, shuffled, uniform
 from clipkit.data.shards import Index
+from clipkit.data.stored import Wanted, requests, stored_rows
 from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError
 
@@ -59,6 +59,8 @@ class Row:
     tags: list[int] = field(default_factory=list)
     """Places in the vocabulary."""
     label: int = -1
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    """Embeddings out of the shard by their name in `Batch`: [f], of further texts as many rows as there are."""
 
 
 @dataclass
@@ -72,8 +74,13 @@ class Reader:
     preprocess: Preprocess
     seed: int
     features: FeatureStore | np.ndarray | None
+    teacher_roles: Sequence[str] = ()
+    """What a precomputed teacher is asked for."""
 
     def __post_init__(self) -> None:
+        self._requests = requests(self.data, self.teacher_roles)
+        self.wanted = Wanted(self.features is None, frozenset(request.member for request in self._requests))
+        """The members of a pair that are read."""
         self._ids = self.index.ids() if self.data.alternates else {}
 
     def rows(self, ids: Sequence[int], epochs: Sequence[int], skipped: list[tuple[str, str]]) -> list[Row]:
@@ -113,22 +120,26 @@ class Reader:
 
     def row(self, id: int, epoch: int) -> Row:
         """Raises Unreadable."""
-        members = self.index.read(id, SHEETS if self.features is not None else None)
+        members = self.index.read(id, self.wanted)
         sheet = read_sheet(members)
         chosen = self._caption(sheet, id, epoch)
         negatives = self._negatives(sheet.negatives_of(chosen), id, epoch)
+        positives = self._positives(sheet, chosen, id, epoch)
+        places = _places(sheet, chosen, positives, negatives)
+        stored = stored_rows(members, sheet, self._requests, places)
         return Row(
             id,
             group_number(sheet, id),
             sheet.captions[chosen],
             self._picture(members, id, epoch),
             sheet.relevance[chosen],
-            self._positives(sheet, chosen, id, epoch),
+            [positive["text"] for positive in positives],
             negatives,
             [self._negative_picture(members, n, id, epoch) for n in negatives[: self.data.negative_images]],
             alternates=sheet.extra.get("alternates", []),
             tags=self._tags(sheet),
             label=label_number(sheet) if self.data.labels else -1,
+            stored={name: torch.from_numpy(rows) for name, rows in stored.items()},
         )
 
     def _caption(self, sheet: Sheet, id: int, epoch: int) -> int:
@@ -148,14 +159,16 @@ class Reader:
             return usable[int(np.searchsorted(weights, draw, side="right"))]
         return usable[int(bits(1, self.seed, "caption", epoch, id)[0] % len(usable))]
 
-    def _positives(self, sheet: Sheet, chosen: int, id: int, epoch: int) -> list[str]:
+    def _positives(self, sheet: Sheet, chosen: int, id: int, epoch: int) -> list[dict[str, Any]]:
         wanted = self.data.positive_kinds
         others = [
-            {"text": sheet.captions[c], "kind": sheet.caption_kinds[c]}
+            {"text": sheet.captions[c], "kind": sheet.caption_kinds[c], "caption": c}
             for c in sheet.usable()
             if c != chosen and (not wanted or sheet.caption_kinds[c] in wanted)
         ]
-        return [other["text"] for other in draw(others, self.data.positives, self.seed, "positives", epoch, id)]
+        drawn = draw(others, self.data.positives, self.seed, "positives", epoch, id)
+        # In the order of the kinds that are named, so that a place means the same in every pair.
+        return sorted(drawn, key=lambda other: wanted.index(other["kind"])) if wanted else drawn
 
     def _negatives(self, negatives: list[dict[str, Any]], id: int, epoch: int) -> list[dict[str, Any]]:
         wanted = self.data.negative_kinds
@@ -194,6 +207,20 @@ class Reader:
             return random_view(height, width, self.preprocess.size, self.data.crop_scale, self.seed, *key)
 
         return decode_view(data, view_of, self.preprocess, scaled=self.data.decode == "scaled")
+
+
+def _places(
+    sheet: Sheet, chosen: int, positives: list[dict[str, Any]], negatives: list[dict[str, Any]]
+) -> dict[str, list[int]]:
+    """Which rows of stored embeddings the drawn texts are."""
+    before = sum(len(group) for group in sheet.negatives[:chosen])
+    # By identity: two negatives may say the same.
+    own = {id(negative): before + place for place, negative in enumerate(sheet.negatives_of(chosen))}
+    return {
+        "text": [chosen],
+        "positive_text": [positive["caption"] for positive in positives],
+        "negative_text": [own[id(negative)] for negative in negatives],
+    }
 
 
 def draw(texts: Sequence[dict[str, Any]], k: int, *key: int | str) -> list[dict[str, Any]]:

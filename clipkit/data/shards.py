@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -127,7 +127,7 @@ class Index:
         """`shard/key`, as reports name a pair."""
         return f"{self.shards[self.locate(id)[0]].name}/{self.key(id)}"
 
-    def read(self, id: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
+    def read(self, id: int, suffixes: Container[str] | None = None) -> dict[str, bytes]:
         """The members of a pair by suffix (only those in `suffixes`, if given). Raises Unreadable if the shard ends."""
         shard, position = self.locate(id)
         table, file = self._open(shard)
@@ -142,7 +142,7 @@ class Index:
         """Whether a shard is read in blocks from elsewhere, so that `prefetch` pays."""
         return any(isinstance(shard, Url) for shard in self.shards)
 
-    def prefetch(self, ids: Iterable[int], suffixes: Sequence[str] | None = None) -> None:
+    def prefetch(self, ids: Iterable[int], suffixes: Container[str] | None = None) -> None:
         """Fetch what `read` of these pairs will ask for from elsewhere, several requests at a time."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for shard, position in map(self.locate, ids):

@@ -1,12 +1,12 @@
 """Rows into a batch: texts tokenised in one call, ragged lists padded and marked. Axes: n pairs, w places a pair,
-v words of the vocabulary of tags, t tokens, s pixels."""
+v words of the vocabulary of tags, t tokens, s pixels, f features."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -15,6 +15,7 @@ from clipkit.data.batch import Batch
 from clipkit.data.reader import Row, kind_number
 from clipkit.data.tags import vocabulary
 from clipkit.data.tokenize import Tokenizer
+from clipkit.errors import UserError
 
 Ragged = list[list[Any]]
 """For each pair, what it has of something."""
@@ -46,6 +47,7 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
         tags=_marked([row.tags for row in rows], len(vocabulary(data.tags))) if data.tags else None,
         label=torch.tensor([row.label for row in rows]) if data.labels else None,
         skipped=skipped,
+        **_stored(rows, data),
         kinds={kind_number(kind): kind for row in kinds for kind in row},
     )
 
@@ -84,6 +86,24 @@ def _marked(places: list[list[int]], width: int) -> Bool[Tensor, "n v"]:
     for row, marked in zip(marks, places):
         row[marked] = True
     return marks
+
+
+def _stored(rows: list[Row], data: DataConfig) -> dict[str, Any]:
+    """Stored embeddings by name: [n f], of positives and negatives [n w f] with zeros where there is no text."""
+    return {name: _table(name, [row.stored[name] for row in rows], data) for name in rows[0].stored}
+
+
+def _table(name: str, tables: list[Tensor], data: DataConfig) -> Float[Tensor, "n *w f"]:
+    widths = sorted({table.shape[-1] for table in tables})
+    if len(widths) > 1:
+        raise UserError(f"{name}: pairs of one batch hold rows of {' and '.join(map(str, widths))}; embed them alike")
+    if tables[0].ndim == 1:
+        return torch.stack(tables)
+    places = data.positives if "positive" in name else data.negatives
+    out = torch.zeros(len(tables), places, widths[0])
+    for row, table in zip(out, tables):
+        row[: len(table)] = table
+    return out
 
 
 def _negative_pictures(

@@ -24,13 +24,15 @@ from clipkit.data.members import PICTURES, SHEETS
 from clipkit.data.storage import Shard, Url, cache_folder, write_atomic
 from clipkit.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the kept form of an index changes."""
 BLOCK = 512
 HOPELESS, HOPELESS_AFAR = 100_000, 5_000
 """A shard (here, behind a URL) whose first members make no pair is given up: the answer should take seconds."""
 NEGATIVE = re.compile(r"negative\d+")
 """The picture of a hard negative: KEY.negative0.jpg."""
+STORED = re.compile(r"(.+)\.([\w-]+\.(?:image|text|negatives))")
+"""Embeddings in the shard: KEY.SET.text.npy (stored.py)."""
 EXAMPLES = 6
 BESIDE = ".index.json"
 LEAST_LIMIT = 1 << 20
@@ -106,6 +108,7 @@ def group(members: list[Member], problem: str | None) -> tuple[Summary, Table]:
         else:
             pair[suffix.lower()] = (offset, size)
     _adopt_negative_pictures(pairs)
+    _adopt_stored(pairs)
     keys = []
     for key, pair in pairs.items():
         picture, sheet = not pair.keys().isdisjoint(PICTURES), not pair.keys().isdisjoint(SHEETS)
@@ -127,6 +130,14 @@ def _adopt_negative_pictures(pairs: dict[str, dict[str, tuple[int, int]]]) -> No
         owner, _, name = key.rpartition(".")
         if NEGATIVE.fullmatch(name) and owner in pairs and pairs[key].keys() <= set(PICTURES):
             pairs[owner].update({f"{name}.{suffix}": span for suffix, span in pairs.pop(key).items()})
+
+
+def _adopt_stored(pairs: dict[str, dict[str, tuple[int, int]]]) -> None:
+    """KEY.SET.text.npy belongs to KEY."""
+    for key in [key for key, pair in pairs.items() if pair.keys() == {"npy"}]:
+        found = STORED.fullmatch(key)
+        if found and found[1] in pairs:
+            pairs[found[1]][f"{found[2]}.npy"] = pairs.pop(key)["npy"]
 
 
 def _examples(members: list[Member]) -> list[str]:

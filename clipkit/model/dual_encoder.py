@@ -6,10 +6,10 @@ Axes: n pairs, k negatives, t tokens, c h w pixels, s the tower's side, f trunk 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,24 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipkit.checks import ROLES
 from clipkit.config import ModelConfig
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess, decode, fit, to_pixels
 from clipkit.data.members import Unreadable
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.model.adapter import FeatureAdapter
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.heads import build_heads
 from clipkit.model.names import Parts, from_open_clip
 from clipkit.model.preprocess import own_preprocess
-from clipkit.model.spec import custom_spec, heads_spec
-from clipkit.model.towers import RootHead, TimmTower, build_towers, load_timm_weights, trims_exactly
+from clipkit.model.spec import custom_spec, heads_spec, text_spec
+from clipkit.model.towers import RootHead, TimmTower, adapter, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
 
+TEXTS = ("text", "positive_text", "negative_text")
+"""The roles that the text tower encodes."""
 BUCKETS = 4
 """Parts of like length that a call's texts are encoded in."""
 CPU_PIXELS = 2**19
@@ -97,13 +101,16 @@ class DualEncoder(nn.Module):
         image = [self.image_tower] if self.image_locked else []
         return image + ([self.text_tower] if self.text_locked else [])
 
-    def forward(self, batch: Batch) -> Embeddings:
-        """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower."""
-        image, negative_image, tag_logits = self._encode_pictures(batch)
-        texts = self._encode_texts(batch)
+    def forward(self, batch: Batch, roles: Collection[str] = ROLES) -> Embeddings:
+        """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower.
+
+        With `roles`, only those: a teacher may leave out even image or text.
+        """
+        image, negative_image, tag_logits = self._encode_pictures(batch, roles)
+        texts = self._encode_texts(batch, roles)
         return Embeddings(
-            image=image,
-            text=texts["text"],
+            image=image,  # type: ignore[arg-type]
+            text=texts.get("text"),  # type: ignore[arg-type]
             positive_text=texts.get("positive_text"),
             negative_text=texts.get("negative_text"),
             negative_image=negative_image,
@@ -121,9 +128,13 @@ class DualEncoder(nn.Module):
             bias=self.bias,
         )
 
-    def _encode_pictures(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _encode_pictures(
+        self, batch: Batch, roles: Collection[str]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Pictures [n d] and, where there are any, their negatives [n j d] in the same call, and tag logits [n v]."""
-        if batch.negative_image is None:
+        if "image" not in roles:
+            return None, None, None
+        if batch.negative_image is None or "negative_image" not in roles:
             features = self.image_features(batch.image) if batch.image_features is None else batch.image_features
             image = self._project(features, batch.id)
             return image, None, self._tag_logits(features, image)
@@ -139,13 +150,16 @@ class DualEncoder(nn.Module):
         image, negative_image = self._project(features, torch.cat([batch.id, ids])).split([n, n * j])
         return image, negative_image.unflatten(0, (n, j)), self._tag_logits(features[:n], image)
 
-    def _encode_texts(self, batch: Batch) -> dict[str, Tensor]:
+    def _encode_texts(self, batch: Batch, roles: Collection[str]) -> dict[str, Tensor]:
         """The embeddings [... d] of every role of text that the batch holds, in one call of the tower."""
-        roles = ("text", "positive_text", "negative_text")
-        tables: dict[str, Tensor] = {role: table for role in roles if (table := getattr(batch, role)) is not None}
+        found = {role: getattr(batch, self._field(role)) for role in TEXTS if role in roles}
+        tables: dict[str, Tensor] = {role: table for role, table in found.items() if table is not None}
+        if not tables:
+            return {}
         longest = max(table.shape[-1] for table in tables.values())
         padded = [F.pad(table, (0, longest - table.shape[-1])).flatten(0, -2) for table in tables.values()]
-        encoded = self.encode_text(torch.cat(padded)).split([len(rows) for rows in padded])
+        encode = self.encode_features if self.reads_features else self.encode_text
+        encoded = encode(torch.cat(padded)).split([len(rows) for rows in padded])
         return {role: rows.unflatten(0, tables[role].shape[:-1]) for role, rows in zip(tables, encoded)}
 
     def with_image_features(self, batch: Batch) -> Batch:
@@ -199,6 +213,40 @@ class DualEncoder(nn.Module):
             features = self._by_length(tokens) if self.tokenizer.trim else self.text_tower(tokens)
         return F.normalize(self._head("text", features).float(), dim=-1)
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether texts come as stored features, not as tokens."""
+        return isinstance(self.text_tower, FeatureAdapter)
+
+    def _field(self, role: str) -> str:
+        """Where a batch holds what the text tower reads."""
+        return f"{role}_features" if self.reads_features else role
+
+    def encode_features(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
+        """Unit-length embeddings of texts from their stored features, whose length does not matter.
+
+        Raises UserError when they are not of the width that the tower was made for.
+        """
+        if features.shape[1] != self.text_tower.features:
+            raise UserError(
+                f"model.text.features: {self.text_tower.features}, but the stored features are {features.shape[1]} wide"
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked):
+            embedded = self.text_tower(F.normalize(features.float(), dim=-1).to(_dtype(self.text_tower)))
+        return F.normalize(embedded.float(), dim=-1)
+
+    @cached_property
+    def _embedder(self) -> DualEncoder:
+        """The model that makes features of new texts; not a part of this one."""
+        from clipkit.model.load import load  # builds on this module
+
+        if not (name := self.spec["text"]["embedder"]):
+            raise UserError(
+                "this model reads stored features of texts, not texts (model.text.features); to embed new texts, train "
+                "it with model.text.embedder: the model that the features come from"
+            )
+        return load(name, self.log_scale.device)
+
     def _by_length(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
         """The text tower on texts of like length at a time: the same values, without most of the padding."""
         # Not the number of tokens other than 0: CLIP's token 0 is a real one, a "!" inside a word.
@@ -217,7 +265,13 @@ class DualEncoder(nn.Module):
         return self._embed(images, batch_size, lambda some: self.encode_image(self._pixels(some)))
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float[Tensor, "n d"]:
-        """Embed texts. Returns float32 on the CPU, unit length, in the order given."""
+        """Embed texts. Returns float32 on the CPU, unit length, in the order given.
+
+        Raises UserError where texts come as stored features and `model.text.embedder` names nothing to make them with.
+        """
+        if self.reads_features:
+            features = self._embedder.embed_texts(texts, batch_size).to(self.log_scale.device)
+            return self._embed(features, batch_size, self.encode_features)
         # Texts of like length go together, so that short ones carry little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         embedded = self._embed([texts[i] for i in order], batch_size, lambda some: self.encode_text(self._tokens(some)))
@@ -247,7 +301,7 @@ def build(config: ModelConfig) -> DualEncoder:
 
     Raises UserError for names, settings and weights that do not exist or do not belong together.
     """
-    parts = from_open_clip(config.name) if config.name else _from_settings(config)
+    parts = _from_name(config) if config.name else _from_settings(config)
     parts = parts._replace(spec=parts.spec | heads_spec(config.heads))
     if config.bias is not None:
         parts = parts._replace(bias=config.bias)
@@ -262,6 +316,14 @@ def build(config: ModelConfig) -> DualEncoder:
     return model.lock(image=config.lock_image, text=config.lock_text)
 
 
+def _from_name(config: ModelConfig) -> Parts:
+    parts = from_open_clip(config.name)
+    if not config.text.features:
+        return parts
+    spec = {**parts.spec, "text": text_spec(config.text)}
+    return parts._replace(spec=spec, towers=parts.towers._replace(text=adapter(spec["text"], spec["embed_dim"])))
+
+
 def _from_settings(config: ModelConfig) -> Parts:
     image, spec = config.image, custom_spec(config)
     if config.lock_image and image.timm and image.pool == "attention" and not config.start:
@@ -271,7 +333,9 @@ def _from_settings(config: ModelConfig) -> Parts:
     towers = build_towers(spec)
     if image.weights and isinstance(towers.image, TimmTower):
         load_timm_weights(towers.image, image)
-    tokenizer = Tokenizer("clip", config.text.context_length, trim=trims_exactly(towers.text))
+    tokenizer = Tokenizer(
+        "clip", config.text.context_length, trim=bool(config.text.features) or trims_exactly(towers.text)
+    )
     return Parts(spec, towers, tokenizer, own_preprocess(image))
 
 

@@ -52,7 +52,8 @@ class Embeddings:
     number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
     out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
     1/temperature, not its logarithm. `teacher` holds the same roles of the same pairs; terms never send a gradient into
-    it. `replicated` says that every rank holds these same tables, so that ranks may divide work on them.
+    it; what no term looks at, even image or text, may be None there. `replicated` says that every rank holds these same
+    tables, so that ranks may divide work on them.
 
     `tag_logits` is what a tag head says of each picture, `tags` which words it has; where it has none, nothing is known
     of it. `label` is the number of its class, -1 without one.
@@ -82,7 +83,7 @@ class Embeddings:
 
     def __post_init__(self) -> None:
         self._check_shapes()
-        n, device = len(self), self.image.device
+        n, device = len(self), self._rows.device
         if self.id is None:
             self.id = torch.arange(n, device=device) + distributed.rank() * n
         if self.group is None:
@@ -93,7 +94,16 @@ class Embeddings:
                 setattr(self, mark, torch.ones(table.shape[:2], dtype=torch.bool, device=device))
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self._rows)
+
+    @property
+    def width(self) -> int:
+        """Of one embedding: d."""
+        return self._rows.shape[-1]
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.text if self.image is None else self.image
 
     @property
     def negatives(self) -> tuple[Float[Tensor, "n k d"], Bool[Tensor, "n k"]]:
@@ -121,10 +131,12 @@ class Embeddings:
         joined = {name: torch.cat([getattr(alone, name), x]) for name, x in more.items()}
         return replace(alone, **joined, teacher=teacher)
 
-    def frozen_teacher(self) -> Embeddings:
-        """The teacher's embeddings, cut off from its graph. Raises UserError when there is no teacher."""
+    def frozen_teacher(self, *roles: str) -> Embeddings:
+        """The teacher's embeddings, cut off from its graph. Raises UserError without teacher or one of the `roles`."""
         if self.teacher is None:
             raise UserError("this term needs embeddings.teacher and found none; set teacher.kind to ema or frozen")
+        if missing := [role for role in roles if getattr(self.teacher, role) is None]:
+            raise UserError(f"this term needs the teacher's {missing[0]} and found none; see teacher.towers")
         tables = {name: getattr(self.teacher, name) for name in _ROLES}
         return replace(self.teacher, **{name: x.detach() for name, x in tables.items() if x is not None})
 

@@ -4,7 +4,9 @@
      "image": {"kind": "timm", "name": "resnet18", "cfg": {...}, "pool": "attention", "size": 96, HEAD}
             | {"kind": "conv", "layers": [[32, 2], ...], "pool": "attention", "size": 64, HEAD}
             | {"kind": "open_clip", "cfg": {CLIPVisionCfg}},
-     "text": {CLIPTextCfg}, "dropout": 0.0}
+     "text": {CLIPTextCfg}
+           | {"features": 4096, "layers": 4, "context_length": 77, "embedder": "..."},
+     "dropout": 0.0}
     HEAD: nothing for a linear one | "head": "root", "dropout": 0.3
 
 Nothing here imports torch or the towers' libraries unless it must, so that what does not fit is said at once.
@@ -17,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipkit.config import HeadsConfig, ModelConfig
+from clipkit.config import HeadsConfig, ModelConfig, TextTower
 from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError, did_you_mean
 
@@ -29,6 +31,7 @@ SHOWN = 80
 """Letters of a setting that a message shows."""
 _WITHOUT_WEIGHT = {"dropout", "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens", "timm_model_pretrained"}
 _WITHOUT_WEIGHT |= {"hf_model_pretrained", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "drop_path_rate"}
+_WITHOUT_WEIGHT |= {"embedder"}
 """Settings that may differ between weights and model."""
 
 
@@ -81,12 +84,11 @@ def custom_spec(config: ModelConfig) -> Spec:
         vision |= {"head": "root", "dropout": image.dropout}
     elif image.head == "root" or image.dropout:
         raise UserError("model.image: head and dropout are for timm and conv towers, and dropout for `head: root` only")
-    sizes = text.model_dump(exclude={"dropout"})
     spec = {
         "embed_dim": config.embed_dim,
         "activation": "gelu",
         "image": vision,
-        "text": {"vocab_size": VOCABULARY, **sizes},
+        "text": text_spec(text),
         "dropout": text.dropout,
     }
     return json.loads(json.dumps(spec))
@@ -98,6 +100,13 @@ def heads_spec(config: HeadsConfig) -> Spec:
     if config.tags.vocabulary:
         heads["tags"] = {"on": config.tags.on, "words": list(vocabulary(config.tags.vocabulary))}
     return {"heads": heads} if heads else {}
+
+
+def text_spec(text: TextTower) -> Spec:
+    """Of an adapter on stored features where `features` gives their width, else of a transformer on tokens."""
+    if text.features:
+        return text.model_dump(include={"features", "layers", "context_length", "embedder"})
+    return {"vocab_size": VOCABULARY, **text.model_dump(exclude={"dropout", "features", "embedder"})}
 
 
 def open_clip_spec(cfg: dict[str, Any], *, quick_gelu: bool) -> Spec:
@@ -184,7 +193,8 @@ def _with_defaults(spec: Spec) -> Spec:
     image = spec["image"]
     if image["kind"] == "open_clip":
         image = {**image, "cfg": dataclasses.asdict(open_clip.CLIPVisionCfg()) | image["cfg"]}
-    return {**spec, "image": image, "text": dataclasses.asdict(open_clip.CLIPTextCfg()) | spec["text"]}
+    text = spec["text"] if "features" in spec["text"] else dataclasses.asdict(open_clip.CLIPTextCfg()) | spec["text"]
+    return {**spec, "image": image, "text": text}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.config import ImageTower
 from clipkit.errors import UserError, did_you_mean
+from clipkit.model.adapter import FeatureAdapter
 from clipkit.model.spec import Spec
 
 HEAD_WIDTH = 16
@@ -26,7 +27,7 @@ HEAD_WIDTH = 16
 
 
 class Towers(NamedTuple):
-    """Picture → [n f] → [n d] and tokens → [n d]; none of them normalises."""
+    """Picture → [n f] → [n d] and tokens, or stored features, → [n d]; none of them normalises."""
 
     image: nn.Module
     image_head: nn.Module
@@ -39,14 +40,18 @@ def build_towers(spec: Spec) -> Towers:
     # A timm tower replaces this throw-away one: open_clip builds text towers only together with a vision tower.
     vision: Any = image["cfg"] if image["kind"] == "open_clip" else {"layers": 1, "width": 64, "image_size": 32}
     quick_gelu = spec["activation"] == "quickgelu"
+    reads_features = "features" in spec["text"]
+    words: Any = {"layers": 1, "width": 64, "heads": 1, "vocab_size": 8} if reads_features else spec["text"]
     try:
-        pair = open_clip.CustomTextCLIP(spec["embed_dim"], vision, spec["text"], quick_gelu=quick_gelu)
+        pair = open_clip.CustomTextCLIP(spec["embed_dim"], vision, words, quick_gelu=quick_gelu)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"open_clip cannot build image {vision} with text {spec['text']}: {error}") from error
     towers = open_clip_towers(pair)
     if spec["dropout"]:
         text: Any = towers.text
         text.token_embedding = DroppedEmbedding.like(text.token_embedding, spec["dropout"])
+    if reads_features:
+        towers = towers._replace(text=adapter(spec["text"], spec["embed_dim"]))
     if image["kind"] == "open_clip":
         return towers
     if image["kind"] == "conv":
@@ -58,6 +63,11 @@ def build_towers(spec: Spec) -> Towers:
     else:
         head = nn.Linear(trunk.features, spec["embed_dim"])
     return Towers(trunk, head, towers.text)
+
+
+def adapter(text: Spec, embed_dim: int) -> FeatureAdapter:
+    """A fresh text tower that reads stored features."""
+    return FeatureAdapter(text["features"], text["layers"], embed_dim)
 
 
 def open_clip_towers(model: nn.Module) -> Towers:

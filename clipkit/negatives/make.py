@@ -29,6 +29,8 @@ KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "re
 """DeGLA's five kinds, made by default."""
 SOURCE = "rule"
 """The `source` of every negative made here; negatives from elsewhere stay in the shard."""
+STALE = ".negatives.npy"
+"""Stored embeddings of the negatives from before (docs/shards.md)."""
 LEDGER = ".negatives"
 """Folder beside the shards with what is known of each finished one."""
 
@@ -211,7 +213,7 @@ def rewrite(source: Shard, target: Path, sheet: Callable[[dict[str, bytes]], byt
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for id in range(len(index)):
-                members = index.read(id)
+                members = {s: data for s, data in index.read(id).items() if not s.endswith(STALE)}
                 try:
                     members["json"] = sheet(members)
                 except Unreadable as error:

@@ -27,7 +27,7 @@ def igc(z: Embeddings) -> Float[Tensor, ""]:
     return _mean(z.scale * _cosines(z.image, z.text, negatives), valid)
 
 
-@term(needs=("negative_text", "teacher"))
+@term(needs=("negative_text", "teacher.text", "teacher_width"))
 def tgc(
     z: Embeddings, *, scale: Annotated[float, Field(gt=0.0)] = 10.0, mask: Literal["own", "repeat"] = "own"
 ) -> Float[Tensor, ""]:
@@ -43,7 +43,7 @@ def tgc(
         n, k = valid.shape
         negatives = negatives.flatten(0, 1).unflatten(0, (k, n)).transpose(0, 1)
         valid = valid.flatten().unflatten(0, (k, n)).T
-    return _mean(scale * _cosines(z.text, z.frozen_teacher().text, negatives), valid)
+    return _mean(scale * _cosines(z.text, z.frozen_teacher("text").text, negatives), valid)
 
 
 @term(needs="negative_text")

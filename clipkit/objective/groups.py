@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
-from clipkit.objective.contrast import Negatives, both_ways, captions, diagonal
-from clipkit.objective.kernel import contrast_rows, log_mask, similarity
+from clipkit.objective.contrast import Negatives, both_ways, captions, diagonal, visible
+from clipkit.objective.kernel import contrast_rows, log_mask, mean_rows, similarity
 from clipkit.objective.labels import by_label
 from clipkit.registry import term
 
@@ -79,6 +80,31 @@ def one_to_k(z: Embeddings) -> Float[Tensor, ""]:
     once = -same.sum(0, keepdim=True).to(logits.dtype).log()
     texts = contrast_rows(logits.T, diagonal(logits), log_weights=once)
     return both_ways([images, texts])
+
+
+@term(needs="positive_text")
+def paraphrase(z: Embeddings, *, mask_same_group: bool = True) -> Float[Tensor, ""]:
+    """Each caption against its paraphrase, and that against the next. ParaCLIP's text contrasts, arXiv 2402.15120.
+
+        Σ_p ½ [ mean_i CE(s c_ip · C_{p+1}, i)  +  mean_i CE(s c_i,p+1 · C_p, i) ]
+
+    c_i0 is the caption t_i, c_ip its p-th positive. In the paper T'' is the caption, T' its first positive and T its
+    second: `data.positive_kinds` says in which order they come. A pair without both texts is neither anchor nor rival.
+    """
+    if z.positive_text is None or z.positive_valid is None:
+        raise UserError("paraphrase: needs embeddings.positive_text and found none; set data.positives")
+    chain = [z.text, *z.positive_text.unbind(1)]
+    exist = [torch.ones_like(z.positive_valid[:, 0]), *z.positive_valid.unbind(1)]
+    seen = visible(z, mask_same_group)
+
+    def link(p: int) -> Tensor:
+        both = exist[p] & exist[p + 1]
+        logits = z.scale * similarity(chain[p], chain[p + 1])
+        keep = log_mask(seen & both)
+        rows = [contrast_rows(side, diagonal(side), log_weights=keep) for side in (logits, logits.T)]
+        return (mean_rows(rows[0], counted=both) + mean_rows(rows[1], counted=both)) / 2
+
+    return torch.stack([link(p) for p in range(len(chain) - 1)]).sum()
 
 
 def same_group(z: Embeddings) -> Bool[Tensor, "n n"]:

@@ -111,7 +111,7 @@ def cwcl(
     return both_ways([soft, plain])
 
 
-@term(needs="teacher")
+@term(needs=("teacher.image", "teacher.text", "teacher.negative_text?"))
 def gist(
     z: Embeddings,
     *,
@@ -124,10 +124,11 @@ def gist(
 
         ½ Σ_(both ways) mean_i CE(s v_i · [T; N], i)      without c where v*_i·c* > v*_i·t*_i - margin
 
-    The guide is the teacher (`teacher.kind: frozen`). With `relative`, the bound is (1 - margin) v*_i·t*_i. The paper's
-    texts also meet texts of their own side; here images meet captions only, whose cosines lie in another range.
+    The guide is the teacher (`teacher.kind: frozen`), whose embeddings may be of another width. With `relative`, the
+    bound is (1 - margin) v*_i·t*_i. The paper's texts also meet texts of their own side; here images meet captions
+    only, whose cosines lie in another range.
     """
-    teacher = z.frozen_teacher()
+    teacher = z.frozen_teacher("image", "text")
     hard = None if z.negative_text is None else teacher.negative_text
     guide = Embeddings(teacher.image, teacher.text, hard, valid=z.valid, group=z.group)
 

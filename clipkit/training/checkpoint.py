@@ -2,7 +2,7 @@
 
     checkpoints/step_00000200/
       model.json  model.safetensors      the student, loadable by `clipkit.load` alone
-      teacher.safetensors                when there is one
+      teacher.safetensors                when there is one with weights of its own
       terms.safetensors                  when there is one that remembers something
       optimizer.safetensors              moments by parameter name, in full, whatever the engine shards
       state.json                         step, position in the data, what the guard counted, config
@@ -104,8 +104,8 @@ class Checkpoints:
     def _tables(self) -> dict[str, dict[str, Tensor]]:
         """What is written beside the student, by file name; every rank takes part in gathering what ZeRO shards."""
         tables = {"optimizer": _moments(self.engine) if self.guard.updates else {}}
-        if self.teacher:
-            tables["teacher"] = self.teacher.state()
+        if self.teacher and (own := self.teacher.state()):
+            tables["teacher"] = own
         if remembered := self.objective.state():
             tables["terms"] = remembered
         return tables
@@ -154,7 +154,8 @@ class Checkpoints:
     def _load(self, path: Path) -> None:
         weights_into(self.engine.bare, path)
         if self.teacher:
-            self.teacher.load_state(load_file(path / "teacher.safetensors"))
+            own = path / "teacher.safetensors"
+            self.teacher.load_state(load_file(own) if own.is_file() else {})
         terms = path / "terms.safetensors"
         self.objective.load_state(load_file(terms) if terms.is_file() else {})
         _restore_moments(self.engine, load_file(path / "optimizer.safetensors"), self.guard.updates)

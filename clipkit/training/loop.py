@@ -11,6 +11,7 @@ import torch
 
 from clipkit import config as configuration
 from clipkit import distributed
+from clipkit.checks import teacher_roles
 from clipkit.config import Config
 from clipkit.data.features import FeatureStore
 from clipkit.data.loader import Loader
@@ -40,7 +41,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     _seed(config.seed)
     index, plan = open_data(config)
     model = build(config.model)
-    teacher = None if config.teacher.kind == "none" else Teacher(model, config.teacher, config.steps)
+    teacher = None if config.teacher.kind == "none" else Teacher.of(model, config)
     features = cached_features(model, index, engine.device) if config.data.cache_image_features else None
     engine.prepare(model, build_optimizer(model, config.optim))
     if teacher:
@@ -68,7 +69,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             if guard.passes(norm):  # one answer on all ranks
                 engine.update()
                 if teacher:
-                    teacher.update(engine.bare)
+                    teacher.update(engine.bare, last)
             else:
                 engine.skip()
                 objective.undo()
@@ -124,6 +125,7 @@ def _loader(
         rank=distributed.rank(),
         world=distributed.world_size(),
         features=features,
+        teacher_roles=teacher_roles(config),
     )
 
 

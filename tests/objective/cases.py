@@ -68,6 +68,9 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "alignment": {},
     "alignment cubed": {"alpha": 3.0},
     "uniformity": {},
+    "structure": {"reference_batch": 8},
+    "structure smooth": {"reference_batch": 8, "smooth": True},
+    "paraphrase": {},
     "uniformity wide": {"t": 0.5, "mask_same_group": False},
     "sogclr": {},
     "isogclr": {"tau": 0.2},
@@ -93,7 +96,18 @@ def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
     """
     if "positive_text" in TERMS.entry(name).needs and z.positive_text is None:
         z = replace(z, positive_text=z.negative_image, positive_valid=z.valid)
+    """A term with these settings, made for this one call; one that needs further captions finds some."""
+    if "positive_text" in TERMS.entry(name).needs:
+        z = with_paraphrases(z)
     return build(name, settings)(z)
+
+
+def with_paraphrases(z: Embeddings) -> Embeddings:
+    """Each caption's numbers backwards as its first paraphrase, its picture as the second where it is relevant."""
+    exist = torch.ones(len(z), 2, dtype=torch.bool)
+    if z.relevance is not None:
+        exist[:, 1] = z.relevance > 0.5
+    return replace(z, positive_text=torch.stack([z.text.flip(1), z.image], 1), positive_valid=exist)
 
 
 def table(a: float, n: int, d: int = 8) -> Tensor:

@@ -406,6 +406,29 @@ def spurious(p: Pairs) -> float:
     return sum(rows) / len(rows) if rows else 0.0
 
 
+def structure(p: Pairs, smooth: bool = False, reference_batch: int = 512) -> float:
+    total, pairs = 0.0, [(i, j) for i in p.rows for j in p.rows if i < j]
+    for i, j in pairs:
+        for own, target in ((p.v, p.v_star), (p.t, p.t_star)):
+            x = math.sqrt(squared_distance(own[i], own[j])) - math.sqrt(squared_distance(target[i], target[j]))
+            total += (x * x / 2 if abs(x) < 1 else abs(x) - 0.5) if smooth else x * x
+    return reference_batch * (reference_batch - 1) / 2 * total / len(pairs)
+
+
+def paraphrase(p: Pairs, mask_same_group: bool = True) -> float:
+    """Of the paraphrases that the cases make up."""
+    backwards = [t[::-1] for t in p.t]
+    second = [i for i in p.rows if p.relevance[i] > 0.5]
+    total = 0.0
+    for first, other, rows in ((p.t, backwards, list(p.rows)), (backwards, p.v, second)):
+        for i in rows:
+            rivals = [j for j in p.rivals(i, mask_same_group) if j in rows]
+            for a, b in ((first, other), (other, first)):
+                logits = [p.scale * dot(a[i], b[j]) for j in rivals]
+                total += cross_entropy(p.scale * dot(a[i], b[i]), logits) / (2 * len(rows))
+    return total
+
+
 TERMS = {
     f.__name__: f
     for f in (
@@ -414,6 +437,7 @@ TERMS = {
         oracle_moving.sogclr, oracle_moving.isogclr, oracle_moving.fastclip,
         generative_negatives, mochi,
         stc, class_similarity, spurious,
+        structure, paraphrase,
     )
 }  # fmt: skip
 

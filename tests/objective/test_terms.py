@@ -257,6 +257,17 @@ def test_scale_and_bias_get_a_gradient_from_every_objective():
     assert z.image.grad is not None and not z.image.grad.any() and tag_logits.grad.any()
 
 
+def test_a_tower_that_no_term_looks_at_gets_a_gradient_of_zeros():
+    """Texts alone, as in ProCLIP's first stage: DDP waits for the parameters behind the pictures, too."""
+    z = ragged()
+    assert z.teacher is not None
+    z.teacher = replace(z.teacher, image=None)
+    images, texts, *_ = leaves(z)
+    total, _ = objective(z, {"distill": {}})
+    total.backward()
+    assert images.grad is not None and not images.grad.any() and texts.grad is not None and texts.grad.any()
+
+
 MASKABLE = [c for c in EVERY_TERM if "mask_same_group" in TERMS.entry(named(c)).settings.keys() - EVERY_TERM[c].keys()]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -46,6 +48,28 @@ def tiny_tags(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("tags") / "tags.txt"
     file.write_text("\n".join([*COLOURS, "wall", "boat"]))
     return str(file)
+
+
+STORED = ("llm.text", "llm.negatives", "clip.text", "clip.image", "clip.negatives")
+KINDS = ["short", "long", "original", "once", "twice"]
+
+
+@pytest.fixture(scope="session")
+def stored_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same pictures with five captions of as many kinds, and two sets of embeddings of 16 dimensions."""
+    folder, samples = tmp_path_factory.mktemp("stored"), tiny_samples(48)
+    rng = np.random.default_rng(0)
+    for sample in samples:
+        sample.captions = [*sample.captions, *(f"{caption} again" for caption in sample.captions), "it"]
+        sample.extra["caption_kinds"] = KINDS
+        rows = {"text": len(sample.captions), "negatives": sum(map(len, sample.extra["negatives"]))}
+        for name in STORED:
+            count = rows.get(name.partition(".")[2])
+            file = io.BytesIO()
+            np.save(file, rng.standard_normal((16,) if count is None else (count, 16)).astype(np.float16))
+            sample.negative_images[f"{name}.npy"] = file.getvalue()  # members of any kind
+    write_shards(samples, folder, per_shard=20, name="stored", progress=False)
+    return str(folder / "stored-*.tar")
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").g
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_steps(name: str, tiny_shards: str, tiny_tags: str, tmp_path: Path):
+def test_two_steps(name: str, tiny_shards: str, stored_shards: str, tiny_tags: str, tmp_path: Path):
     """Its objective, teacher, locks, scale and optimizer as they are; only data, towers and lengths shrink."""
     config = configuration.load(name)
-    small = degla_tree(tiny_shards, tmp_path)
+    more = config.data.caption_kinds or config.data.text_features
+    small = degla_tree(stored_shards if more else tiny_shards, tmp_path)
     tree = config.model_dump(mode="json") | {
         "out": str(tmp_path / name),
         "batch_size": 16,
@@ -34,6 +35,8 @@ def test_two_steps(name: str, tiny_shards: str, tiny_tags: str, tmp_path: Path):
     tree["model"]["heads"] = config.model.heads.model_dump()
     if config.data.tags:
         tree["data"]["tags"] = tree["model"]["heads"]["tags"]["vocabulary"] = tiny_tags
+    if config.model.text.features:
+        tree["model"]["text"] = {"features": 16, "layers": config.model.text.layers}
     tree["optim"]["warmup"] = 0
     folder = train(Config.model_validate(tree))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,142 @@
+"""Combinations of settings that cannot be right, and what the terms of a run look at in its teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clipkit.registry import TERMS
+
+if TYPE_CHECKING:
+    from clipkit.config import Config, DataConfig
+
+ROLES = ("image", "text", "positive_text", "negative_text", "negative_image")
+"""What the embeddings of a pair are called."""
+
+
+def looked_at(term: str) -> dict[str, bool]:
+    """The teacher's roles that a term looks at, by name; true for those it cannot do without.
+
+    `needs` holds them as teacher.ROLE, with a ? those it can do without; a plain "teacher" stands for all.
+    """
+    needs = TERMS.entry(term).needs
+    if "teacher" in needs:
+        return {role: role in ("image", "text") for role in ROLES}
+    named = [need.removeprefix("teacher.") for need in needs if need.startswith("teacher.")]
+    return {name.removesuffix("?"): not name.endswith("?") for name in named}
+
+
+def teacher_roles(config: Config) -> tuple[str, ...]:
+    """The roles that the run's teacher encodes: those that a term looks at, of the towers that it has."""
+    wanted = {role for term in config.objective for role in looked_at(term)}
+    return tuple(role for role in ROLES if role in wanted and _has(config, role))
+
+
+def _has(config: Config, role: str) -> bool:
+    if config.teacher.kind == "precomputed" and role == "negative_image":
+        return False  # the shards hold no embeddings of these
+    return config.teacher.towers in ("both", "image" if role.endswith("image") else "text")
+
+
+def check_teacher(config: Config) -> list[str]:
+    """What is wrong with the teacher, and between it and the terms."""
+    teacher, problems = config.teacher, []
+    for term in config.objective:
+        roles = looked_at(term)
+        if roles and teacher.kind == "none":
+            problems.append(f"objective.{term} needs teacher.kind: ema, frozen or precomputed, got none")
+        elif lacking := [role for role, needed in roles.items() if needed and not _has(config, role)]:
+            problems.append(f"objective.{term} needs the teacher's {lacking[0]}; teacher.towers is {teacher.towers}")
+    if teacher.half_life is not None and teacher.half_life_samples is not None:
+        problems.append("teacher.half_life_samples: stands instead of teacher.half_life, both are given")
+    if teacher.kind in ("frozen", "precomputed"):
+        problems += [
+            f"teacher.{name}: belongs to teacher.kind: ema, got {teacher.kind}"
+            for name in ("half_life", "half_life_samples", "warmup")
+            if getattr(teacher, name)
+        ]
+    if teacher.start and teacher.kind != "frozen":
+        problems.append(f"teacher.start: belongs to teacher.kind: frozen, got {teacher.kind}")
+    if teacher.start and config.data.cache_image_features and "image" in teacher_roles(config):
+        problems.append("teacher.start: this teacher needs the pictures; switch data.cache_image_features off")
+    if (teacher.kind == "precomputed") != bool(config.data.teacher_features):
+        problems.append("teacher.kind: precomputed and data.teacher_features (the set it reads) belong together")
+    return problems
+
+
+def check_features(config: Config) -> list[str]:
+    """What is wrong between stored features of texts and the tower that reads them, and with positives."""
+    text, problems = config.model.text, []
+    if bool(text.features) != bool(config.data.text_features):
+        problems.append("model.text.features (a width) and data.text_features (a set in the shards) belong together")
+    if text.features:
+        problems += [
+            f"model.text.{name}: belongs to a transformer on tokens; with features there is only layers"
+            for name in ("width", "heads", "dropout")
+            if getattr(text, name) != type(text).model_fields[name].default
+        ]
+    elif text.embedder:
+        problems.append("model.text.embedder: belongs to model.text.features")
+    problems += [
+        f"objective.{term} needs data.positives ≥ 1, got 0"
+        for term in config.objective
+        if "positive_text" in TERMS.entry(term).needs and not config.data.positives
+    ]
+    return problems
+
+
+def check_sources(data: DataConfig) -> list[str]:
+    """What is wrong between several sources of data."""
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    problems = []
+    if data.sources and data.train:
+        problems.append("data.sources: stands instead of data.train, both are given")
+    if weighted and len(weighted) < len(data.sources):
+        without = [name for name in data.sources if name not in weighted]
+        problems.append(f"data.sources: give every source a weight, or none; without: {', '.join(without)}")
+    problems += [
+        f"data.sources.{name}.epochs: weights already say how often it is read"
+        for name in weighted
+        if "epochs" in data.sources[name].model_fields_set
+    ]
+    return problems
+
+
+def check_supervision(config: Config) -> list[str]:
+    """Tags, labels and further captions, where a term needs them."""
+    data, words = config.data, config.model.heads.tags.vocabulary
+    problems = []
+    if words and data.tags and words != data.tags:
+        problems.append(f"model.heads.tags.vocabulary: should be the file of data.tags, {data.tags}, got {words}")
+    for name, settings in config.objective.items():
+        needs = TERMS.entry(name).needs
+        if "tag_logits" in needs and not (data.tags and words):
+            lacking = " and ".join(
+                f for f, x in (("data.tags", data.tags), ("model.heads.tags.vocabulary", words)) if not x
+            )
+            problems.append(f"objective.{name} needs {lacking} (words: clipkit shards tags), got none")
+        by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
+        if ("label" in needs or by_label) and not data.labels:
+            problems.append(f"objective.{name} needs data.labels: true, got false")
+        if "positive_text" in needs and not data.positives:
+            problems.append(f"objective.{name} needs data.positives ≥ 1, got 0")
+    return problems
+
+
+def check_captions(data: DataConfig) -> list[str]:
+    """What is wrong with the choice of captions and pictures of negatives."""
+    problems = []
+    if data.negative_images > data.negatives:
+        problems.append(
+            f"data.negative_images: {data.negative_images} pictures of {data.negatives} negatives; raise data.negatives"
+        )
+    if data.negative_images and data.cache_image_features:
+        problems.append("data.negative_images: cannot be read beside data.cache_image_features")
+    if data.caption_kinds and not any(data.caption_kinds.values()):
+        problems.append("data.caption_kinds: no kind has a chance above 0")
+    if data.caption_kinds and data.caption == "all":
+        problems += [
+            f"data.caption_kinds.{name}: with data.caption: all every kind has its turn; should be 1, got {chance}"
+            for name, chance in data.caption_kinds.items()
+            if chance not in (0, 1)
+        ]
+    return problems

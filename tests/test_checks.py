@@ -1,0 +1,102 @@
+"""Combinations of settings: teachers, stored features, and what the terms look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from clipkit import config as configuration
+from clipkit.checks import teacher_roles
+from clipkit.errors import UserError
+
+EMA = {"kind": "ema"}
+BOTH = ("image", "text", "negative_text")
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "expected"),
+    [
+        ({"tgc": {}}, EMA, ("text",)),
+        ({"tgc": {}, "distill": {}}, EMA, BOTH),
+        ({"gist": {}}, {"kind": "frozen"}, BOTH),
+        ({"structure": {}}, EMA, ("image", "text")),
+        ({"distill": {}}, EMA | {"towers": "text"}, ("text", "negative_text")),
+        ({"distill": {}, "structure": {}}, EMA | {"towers": "image"}, ("image",)),
+        ({"infonce": {}}, EMA, ()),
+    ],
+)
+def test_the_teacher_encodes_what_the_terms_look_at(objective: dict, teacher: dict, expected: tuple[str, ...]) -> None:
+    config = configuration.validate({"objective": objective, "teacher": teacher, "data": {"negatives": 1}})
+    assert teacher_roles(config) == expected
+
+
+STORED = {"teacher_features": "clip"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (
+            {"teacher": EMA | {"half_life": 0.2, "half_life_samples": 10}},
+            "teacher.half_life_samples: stands instead of teacher.half_life, both are given",
+        ),
+        (
+            {"teacher": {"kind": "frozen", "warmup": 10}},
+            "teacher.warmup: belongs to teacher.kind: ema, got frozen",
+        ),
+        ({"teacher": EMA | {"start": "x"}}, "teacher.start: belongs to teacher.kind: frozen, got ema"),
+        (
+            {"objective": {"tgc": {}}, "teacher": EMA | {"towers": "image"}, "data": {"negatives": 1}},
+            "objective.tgc needs the teacher's text; teacher.towers is image",
+        ),
+        (
+            {"objective": {"gist": {}}, "teacher": {"kind": "frozen", "towers": "text"}},
+            "objective.gist needs the teacher's image; teacher.towers is text",
+        ),
+        (
+            {"teacher": {"kind": "precomputed"}},
+            "teacher.kind: precomputed and data.teacher_features (the set it reads) belong together",
+        ),
+        (
+            {"teacher": EMA, "data": STORED},
+            "teacher.kind: precomputed and data.teacher_features (the set it reads) belong together",
+        ),
+        (
+            {
+                "objective": {"distill": {}},
+                "teacher": {"kind": "frozen", "start": "x"},
+                "model": {"lock_image": True},
+                "data": {"cache_image_features": True, "augment": "none"},
+            },
+            "teacher.start: this teacher needs the pictures; switch data.cache_image_features off",
+        ),
+        (
+            {"model": {"text": {"features": 8}}},
+            "model.text.features (a width) and data.text_features (a set in the shards) belong together",
+        ),
+        (
+            {"model": {"text": {"features": 8, "heads": 2}}, "data": {"text_features": "llm"}},
+            "model.text.heads: belongs to a transformer on tokens; with features there is only layers",
+        ),
+        ({"model": {"text": {"embedder": "x"}}}, "model.text.embedder: belongs to model.text.features"),
+        ({"objective": {"paraphrase": {}}}, "objective.paraphrase needs data.positives ≥ 1, got 0"),
+    ],
+)  # fmt: skip
+def test_combinations_that_cannot_be_right(tree: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as raised:
+        configuration.validate(tree)
+    assert str(raised.value).splitlines() == ["config:", f"  {expected}"]
+
+
+def test_a_set_is_a_plain_name() -> None:
+    with pytest.raises(UserError, match=r"data\.text_features: String should match pattern"):
+        configuration.validate({"data": {"text_features": "../x"}})
+
+
+def test_a_dumped_config_is_accepted_again(tmp_path) -> None:
+    """All settings are written out in it, the unused ones too."""
+    for teacher in (EMA | {"half_life_samples": 7}, EMA | {"half_life": 0.5, "warmup": 4}, {"kind": "frozen"}):
+        config = configuration.validate({"teacher": teacher, "model": {"text": {"width": 64}}})
+        (tmp_path / "x.yaml").write_text(configuration.dump(config))
+        assert configuration.load(tmp_path / "x.yaml") == config

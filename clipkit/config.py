@@ -68,6 +68,10 @@ class DataConfig(Section):
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9
     """Smallest share of the area a random crop keeps."""
+    views: Count = 0
+    """Further views of the picture a pair (V): random crops of their own, whatever `augment` says."""
+    view_scale: Share = 0.4
+    """Smallest share of the area a view keeps."""
     decode: Literal["exact", "scaled"] = "exact"
     """`scaled`: large JPEGs are decoded at 1/2, 1/4 or 1/8: faster, not quite the same pixels; never in evaluation."""
     workers: Count = 2
@@ -432,6 +436,10 @@ def _cross_check(config: Config) -> list[str]:
             )
         if "teacher" in needs and config.teacher.kind == "none":
             problems.append(f"objective.{name} needs teacher.kind: ema or frozen, got none")
+        if "view_image" in needs and config.data.views == 0:
+            problems.append(f"objective.{name} needs data.views ≥ 1, got 0")
+        if "local_logit" in needs and config.data.cache_image_features:
+            problems.append(f"objective.{name} needs patches; data.cache_image_features keeps none of them")
         if "bias" in needs and config.model.bias is None:
             problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
     if config.data.cache_image_features and not config.model.lock_image:
@@ -456,6 +464,8 @@ def _check_captions(data: DataConfig) -> list[str]:
         )
     if data.negative_images and data.cache_image_features:
         problems.append("data.negative_images: cannot be read beside data.cache_image_features")
+    if data.views and data.cache_image_features:
+        problems.append("data.views: cannot be read beside data.cache_image_features")
     if data.caption_kinds and not any(data.caption_kinds.values()):
         problems.append("data.caption_kinds: no kind has a chance above 0")
     if data.caption_kinds and data.caption == "all":

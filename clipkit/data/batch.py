@@ -1,5 +1,5 @@
-"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, t tokens,
-c h w pixels."""
+"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, v views,
+t tokens, c h w pixels."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Batch:
     """`kind_number` of each negative; -1 where there is none."""
     negative_image: UInt8[Tensor, "n j c h w"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
+    view_image: UInt8[Tensor, "n v c h w"] | None = None
+    """Further crops of the picture."""
     positive_text: Int64[Tensor, "n p t"] | None = None
     positive_valid: Bool[Tensor, "n p"] | None = None
     relevance: Float[Tensor, " n"] | None = None

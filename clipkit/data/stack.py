@@ -39,6 +39,7 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
         negative_kind=_numbers(kinds, data.negatives),
         negative_image=negative_pictures,
         negative_image_valid=pictured,
+        view_image=default_collate([torch.stack(row.views) for row in rows]) if data.views else None,
         positive_text=positive_text,
         positive_valid=_exist(positives, data.positives),
         relevance=torch.tensor([row.relevance for row in rows]),

@@ -1,6 +1,6 @@
 """`Embeddings`: what the towers hand to the objective.
 
-Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), d.
+Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), v further views, d.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _ROLES = {
     "positive_text": "n p d",
     "negative_text": "n k d",
     "negative_image": "n j d",
+    "view_image": "n v d",
+    "local_logit": "n",
+    "negative_local_logit": "n k",
 }
 _BESIDE = {
     "valid": "n k",
@@ -42,6 +45,8 @@ class Embeddings:
 
     `valid` marks the negative captions that exist (default: all), `positive_valid` and `negative_image_valid` the
     further captions of the picture and the negative pictures; picture j shows what negative caption j says.
+    `view_image` are further views of the picture; `local_logit` says how well the caption's words find themselves in
+    its patches (`clipkit.model.local`, scale included), `negative_local_logit` the same of its negatives.
     `negative_kind` numbers the kinds of negatives, `relevance` (≥ 0) says how well a caption fits. `id` is the dense
     number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
     out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
@@ -56,6 +61,9 @@ class Embeddings:
     negative_text: Float[Tensor, "n k d"] | None = None
     negative_image: Float[Tensor, "n j d"] | None = None
     positive_text: Float[Tensor, "n p d"] | None = None
+    view_image: Float[Tensor, "n v d"] | None = None
+    local_logit: Float[Tensor, " n"] | None = None
+    negative_local_logit: Float[Tensor, "n k"] | None = None
     valid: Bool[Tensor, "n k"] | None = None
     positive_valid: Bool[Tensor, "n p"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
@@ -97,13 +105,16 @@ class Embeddings:
             return self
         row, place = self.positive_valid.nonzero(as_tuple=True)
         more = {
-            name: x[row] for name in ("image", "id", "group", "relevance") if (x := getattr(self, name)) is not None
+            name: x[row]
+            for name in ("image", "id", "group", "relevance", "view_image")
+            if (x := getattr(self, name)) is not None
         }
         more["text"] = self.positive_text[row, place]
         for name, blank in _BLANKS.items():
             if (x := getattr(self, name)) is not None:
                 more[name] = x.new_full((len(row), *x.shape[1:]), blank)
-        alone = replace(self, positive_text=None, positive_valid=None, teacher=None)
+        apart = ("positive_text", "positive_valid", "local_logit", "negative_local_logit", "teacher")
+        alone = replace(self, **dict.fromkeys(apart))
         teacher = self.teacher and self.teacher.with_positives()
         joined = {name: torch.cat([getattr(alone, name), x]) for name, x in more.items()}
         return replace(alone, **joined, teacher=teacher)

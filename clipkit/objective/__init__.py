@@ -33,6 +33,11 @@ class Objective:
         }
         self._before: dict[str, dict[str, Tensor]] = {}
 
+    @property
+    def needs(self) -> set[str]:
+        """What the embeddings have to hold."""
+        return {need for name in self.terms for need in TERMS.entry(name).needs}
+
     def __call__(self, z: Embeddings) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The sum, and each term unweighted, without gradient. `z` holds the global tables: pass `z.world()`."""
         self._before = {

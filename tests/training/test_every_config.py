@@ -17,7 +17,7 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").g
 
 
 def test_there_are_as_many_as_there_should_be():
-    assert len(CONFIGS) == 31
+    assert len(CONFIGS) == 34
 
 
 @pytest.mark.parametrize("name", CONFIGS)

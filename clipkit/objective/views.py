@@ -115,14 +115,14 @@ def groco(
     views = _pictures("groco", z)
     rivals = visible(z, mask_same_group)
     rivals = rivals & ~diagonal(rivals)
-    rows = []
+    positives, negatives = [], []
     for number, anchor in enumerate(views):
         others = torch.stack(views[:number] + views[number + 1 :], 1).detach()
-        positives = similarity(anchor[:, None], others)[:, 0].sort(1).values
+        positives.append(similarity(anchor[:, None], others)[:, 0].sort(1).values)
         cosines = similarity(anchor, anchor.detach()).masked_fill(~rivals, -torch.inf)
         nearest = cosines.topk(min(top, len(z)), 1).values.flip(1)
-        rows.append(_sorting_rows(pad(nearest, (top - nearest.shape[1], 0), value=-torch.inf), positives, steepness))
-    return mean_rows(torch.cat(rows))
+        negatives.append(pad(nearest, (top - nearest.shape[1], 0), value=-torch.inf))
+    return mean_rows(_sorting_rows(torch.cat(negatives), torch.cat(positives), steepness))
 
 
 def _sorting_rows(

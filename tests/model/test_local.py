@@ -141,11 +141,10 @@ def on_a_rank(rank: int, world: int) -> list[Any]:
     return measured(slice(rank * 4 // world, (rank + 1) * 4 // world))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one_process(world: int):
+def test_ranks_equal_one_process():
     *expected, _ = measured(slice(0, 4))
-    found = run_ranks(on_a_rank, world)
-    assert world == 2 or len({longest for *_, longest in found}) > 1, "the ranks' texts must be of different lengths"
+    found = run_ranks(on_a_rank, 4)
+    assert len({longest for *_, longest in found}) > 1, "the ranks' texts must be of different lengths"
     for *got, _ in found:
         for one, several in zip(expected, got):
             torch.testing.assert_close(torch.tensor(several), torch.tensor(one), rtol=0, atol=1e-12)

@@ -145,6 +145,11 @@ def test_comparing_changes_no_embedding(kind: str):
         torch.testing.assert_close(getattr(z, name), getattr(before, name), rtol=0, atol=1e-6, msg=name)
     assert z.local_logit is not None and z.local_logit.shape == (4,)
     assert z.negative_local_logit is not None and z.negative_local_logit.shape == (4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(batch)
+    for name in ("image", "local_logit", "negative_local_logit"):
+        assert getattr(low, name).dtype == torch.float32
+        torch.testing.assert_close(getattr(low, name), getattr(z, name), rtol=0.1, atol=0.1, msg=name)
 
 
 def test_scores_are_those_of_patches_and_words():

@@ -62,7 +62,7 @@ def test_ranks_equal_one_process(world: int):
     valid = ragged().valid
     assert valid is not None and len(valid.reshape(world, -1).sum(1).unique()) > 1, "validity counts must differ"
     expected = measured(ragged())
-    for got in run_ranks(on_a_rank, world):
+    for got in run_ranks(on_a_rank, world, timeout_s=120):
         assert got.keys() == expected.keys()
         for case, values in expected.items():
             for one, several in zip(values, got[case]):

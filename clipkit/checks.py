@@ -131,6 +131,8 @@ def check_captions(data: DataConfig) -> list[str]:
         )
     if data.negative_images and data.cache_image_features:
         problems.append("data.negative_images: cannot be read beside data.cache_image_features")
+    if data.views and data.cache_image_features:
+        problems.append("data.views: cannot be read beside data.cache_image_features")
     if data.caption_kinds and not any(data.caption_kinds.values()):
         problems.append("data.caption_kinds: no kind has a chance above 0")
     if data.caption_kinds and data.caption == "all":

@@ -76,6 +76,10 @@ class DataConfig(Section):
     """`crop`: random resized crop; `none`: the evaluation transform."""
     crop_scale: Share = 0.9
     """Smallest share of the area a random crop keeps."""
+    views: Count = 0
+    """Further views of the picture a pair (V): random crops of their own, whatever `augment` says."""
+    view_scale: Share = 0.4
+    """Smallest share of the area a view keeps."""
     decode: Literal["exact", "scaled"] = "exact"
     """`scaled`: large JPEGs are decoded at 1/2, 1/4 or 1/8: faster, not quite the same pixels; never in evaluation."""
     workers: Count = 2
@@ -489,6 +493,10 @@ def _cross_check(config: Config) -> list[str]:
                 f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
                 f"data.negatives), got {config.data.negative_images}"
             )
+        if "view_image" in needs and config.data.views == 0:
+            problems.append(f"objective.{name} needs data.views ≥ 1, got 0")
+        if "local_logit" in needs and config.data.cache_image_features:
+            problems.append(f"objective.{name} needs patches; data.cache_image_features keeps none of them")
         if "bias" in needs and config.model.bias is None:
             problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
     if config.data.cache_image_features and not config.model.lock_image:

@@ -1,5 +1,5 @@
-"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, t tokens,
-v words of the vocabulary of tags, c h w pixels, f features, d embedding."""
+"""`Batch`: what the stream hands to the model. Axes: n pairs, k negatives, j negative pictures, p positives, v views,
+w words of the vocabulary of tags, t tokens, c h w pixels, f features, d embedding."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class Batch:
     """`kind_number` of each negative; -1 where there is none."""
     negative_image: UInt8[Tensor, "n j c h w"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
+    view_image: UInt8[Tensor, "n v c h w"] | None = None
+    """Further crops of the picture."""
     positive_text: Int64[Tensor, "n p t"] | None = None
     positive_valid: Bool[Tensor, "n p"] | None = None
     relevance: Float[Tensor, " n"] | None = None
     """How well the caption fits its picture; 1 where the shard says nothing."""
-    tags: Bool[Tensor, "n v"] | None = None
+    tags: Bool[Tensor, "n w"] | None = None
     """Which words of `data.tags` the picture is tagged with; none where nothing is known of it."""
     label: Int64[Tensor, " n"] | None = None
     """The number of the picture's class (`label_number`); -1 where there is none."""

@@ -6,7 +6,7 @@ Pictures stay uint8 up to the device. Everything is decoded exactly, unless trai
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -99,6 +99,17 @@ def decode_view(
     pixels = read_pixels(data)
     _, height, width = pixels.shape
     return show(pixels, view or view_of(height, width), preprocess)
+
+
+def decode_views(
+    data: bytes, views_of: Sequence[Callable[[int, int], View]], preprocess: Preprocess, *, scaled: bool = False
+) -> list[UInt8[Tensor, "3 s s"]]:
+    """What `decode_view` makes of each; exact ones share one decoding. Raises Unreadable."""
+    if scaled:
+        return [decode_view(data, view_of, preprocess, scaled=True) for view_of in views_of]
+    pixels = read_pixels(data)
+    _, height, width = pixels.shape
+    return [show(pixels, view_of(height, width), preprocess) for view_of in views_of]
 
 
 def read_pixels(data: bytes) -> UInt8[Tensor, "3 h w"]:

@@ -6,9 +6,9 @@ s pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipkit.config import DataConfig
 from clipkit.data.augment import random_view
-from clipkit.data.decode import Preprocess, View, decode_view, whole
+from clipkit.data.decode import Preprocess, View, decode_views, whole
 from clipkit.data.features import FeatureStore
 from clipkit.data.members import (
     Sheet,
@@ -54,6 +54,8 @@ class Row:
     negatives: list[dict[str, Any]] = field(default_factory=list)
     negative_pictures: list[Tensor | None] = field(default_factory=list)
     """Of the first negatives, in their order; None where a negative has no picture."""
+    views: list[Tensor] = field(default_factory=list)
+    """Further crops of the picture."""
     alternates: list[str] = field(default_factory=list)
     """Keys of pairs with a similar picture."""
     tags: list[int] = field(default_factory=list)
@@ -124,6 +126,7 @@ class Reader:
         sheet = read_sheet(members)
         chosen = self._caption(sheet, id, epoch)
         negatives = self._negatives(sheet.negatives_of(chosen), id, epoch)
+        picture, *views = self._pictures(members, id, epoch)
         positives = self._positives(sheet, chosen, id, epoch)
         places = _places(sheet, chosen, positives, negatives)
         stored = stored_rows(members, sheet, self._requests, places)
@@ -131,11 +134,12 @@ class Reader:
             id,
             group_number(sheet, id),
             sheet.captions[chosen],
-            self._picture(members, id, epoch),
+            picture,
             sheet.relevance[chosen],
             [positive["text"] for positive in positives],
             negatives,
             [self._negative_picture(members, n, id, epoch) for n in negatives[: self.data.negative_images]],
+            views,
             alternates=sheet.extra.get("alternates", []),
             tags=self._tags(sheet),
             label=label_number(sheet) if self.data.labels else -1,
@@ -184,13 +188,15 @@ class Reader:
         places = vocabulary(self.data.tags)
         return [places[word] for word in tags_of(sheet) if word in places]
 
-    def _picture(self, members: dict[str, bytes], id: int, epoch: int) -> Tensor:
+    def _pictures(self, members: dict[str, bytes], id: int, epoch: int) -> list[Tensor]:
+        """The pair's own, or its stored features, then further views."""
         if self.features is not None:
             row = torch.from_numpy(np.array(self.features[id]))
             if row.isnan().any():
                 raise Unreadable("unreadable picture: it was when its features were stored")
-            return row
-        return self._pixels(picture_bytes(members)[1], "crop", epoch, id)
+            return [row]
+        views = [self._crop(self.data.view_scale, "view", epoch, id, place) for place in range(self.data.views)]
+        return self._pixels(picture_bytes(members)[1], self._shown("crop", epoch, id), *views)
 
     def _negative_picture(
         self, members: dict[str, bytes], negative: dict[str, Any], id: int, epoch: int
@@ -198,15 +204,18 @@ class Reader:
         if "picture" not in negative:
             return None
         number = negative["picture"]
-        return self._pixels(negative_picture(members, number), "negative crop", epoch, id, number)
+        return self._pixels(negative_picture(members, number), self._shown("negative crop", epoch, id, number))[0]
 
-    def _pixels(self, data: bytes, *key: int | str) -> Tensor:
-        def view_of(height: int, width: int) -> View:
-            if self.data.augment == "none":
-                return whole(height, width, self.preprocess)
-            return random_view(height, width, self.preprocess.size, self.data.crop_scale, self.seed, *key)
+    def _pixels(self, data: bytes, *views_of: Callable[[int, int], View]) -> list[Tensor]:
+        return decode_views(data, views_of, self.preprocess, scaled=self.data.decode == "scaled")
 
-        return decode_view(data, view_of, self.preprocess, scaled=self.data.decode == "scaled")
+    def _shown(self, *key: int | str) -> Callable[[int, int], View]:
+        if self.data.augment == "none":
+            return partial(whole, preprocess=self.preprocess)
+        return self._crop(self.data.crop_scale, *key)
+
+    def _crop(self, scale: float, *key: int | str) -> Callable[[int, int], View]:
+        return lambda height, width: random_view(height, width, self.preprocess.size, scale, self.seed, *key)
 
 
 def _places(

@@ -41,6 +41,7 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
         negative_kind=_numbers(kinds, data.negatives),
         negative_image=negative_pictures,
         negative_image_valid=pictured,
+        view_image=default_collate([torch.stack(row.views) for row in rows]) if data.views else None,
         positive_text=positive_text,
         positive_valid=_exist(positives, data.positives),
         relevance=torch.tensor([row.relevance for row in rows]),
@@ -81,7 +82,7 @@ def _numbers(kinds: Ragged, width: int) -> Int64[Tensor, "n w"] | None:
     return torch.tensor([[kind_number(kind) for kind in row] + [-1] * (width - len(row)) for row in kinds])
 
 
-def _marked(places: list[list[int]], width: int) -> Bool[Tensor, "n v"]:
+def _marked(places: list[list[int]], width: int) -> Bool[Tensor, "n w"]:
     marks = torch.zeros(len(places), width, dtype=torch.bool)
     for row, marked in zip(marks, places):
         row[marked] = True

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from clipkit.errors import UserError
 from clipkit.model.adapter import FeatureAdapter
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.heads import build_heads
+from clipkit.model.local import local_logits
 from clipkit.model.names import Parts, from_open_clip
 from clipkit.model.preprocess import own_preprocess
 from clipkit.model.spec import custom_spec, heads_spec, text_spec
+from clipkit.model.tokens import check_tokens, spoken, with_patches, with_words
 from clipkit.model.towers import RootHead, TimmTower, adapter, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
 
@@ -65,6 +67,7 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(parts.scale)]))
         self.bias = None if parts.bias is None else nn.Parameter(torch.tensor([float(parts.bias)]))
         self.image_locked = self.text_locked = False
+        self.local = False
 
     @property
     def activation(self) -> str:
@@ -101,25 +104,31 @@ class DualEncoder(nn.Module):
         image = [self.image_tower] if self.image_locked else []
         return image + ([self.text_tower] if self.text_locked else [])
 
-    def forward(self, batch: Batch, roles: Collection[str] = ROLES) -> Embeddings:
-        """Every role of this rank's batch, encoded: captions and negatives in one call of the text tower.
+    def compare_locally(self) -> None:
+        """From now on `forward` also compares each picture's patches with the words of its own caption and negatives.
+
+        Raises UserError for towers that do not give them.
+        """
+        check_tokens(self.image_tower, self.text_tower)
+        self.local = True
+
+    def forward(self, batch: Batch, roles: Collection[str] = (*ROLES, "view_image")) -> Embeddings:
+        """Every role of this rank's batch, encoded: all pictures in one call of their tower, and all texts in one.
 
         With `roles`, only those: a teacher may leave out even image or text.
         """
-        image, negative_image, tag_logits = self._encode_pictures(batch, roles)
-        texts = self._encode_texts(batch, roles)
+        pictures, texts = self._encode_pictures(batch, roles), self._encode_texts(batch, roles)
+        found: dict[str, Any] = {"image": None, "text": None} | pictures | texts
+        if self.local:
+            found |= {role: F.normalize(words[..., 0, :].float(), dim=-1) for role, words in texts.items()}
+            found |= self._compare(found.pop("patches"), texts, batch)
         return Embeddings(
-            image=image,  # type: ignore[arg-type]
-            text=texts.get("text"),  # type: ignore[arg-type]
-            positive_text=texts.get("positive_text"),
-            negative_text=texts.get("negative_text"),
-            negative_image=negative_image,
+            **found,
             valid=batch.valid,
             positive_valid=batch.positive_valid,
             negative_image_valid=batch.negative_image_valid,
             negative_kind=batch.negative_kind,
             relevance=batch.relevance,
-            tag_logits=tag_logits,
             tags=batch.tags,
             label=batch.label,
             id=batch.id,
@@ -128,39 +137,56 @@ class DualEncoder(nn.Module):
             bias=self.bias,
         )
 
-    def _encode_pictures(
-        self, batch: Batch, roles: Collection[str]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Pictures [n d] and, where there are any, their negatives [n j d] in the same call, and tag logits [n v]."""
+    def _encode_pictures(self, batch: Batch, roles: Collection[str]) -> dict[str, Tensor]:
+        """The embeddings [... d] of every role of picture, in one call of the tower, and what heads make of the pairs'.
+
+        These are `tag_logits` [n w] and, if local, `patches` [n p d].
+        """
         if "image" not in roles:
-            return None, None, None
-        if batch.negative_image is None or "negative_image" not in roles:
-            features = self.image_features(batch.image) if batch.image_features is None else batch.image_features
-            image = self._project(features, batch.id)
-            return image, None, self._tag_logits(features, image)
-        n, j = batch.negative_image.shape[:2]
-        negatives = batch.negative_image.flatten(0, 1)
-        if batch.image_features is not None:
-            features = torch.cat([batch.image_features, self.image_features(negatives)])
+            return {}
+        n, further = len(batch), [role for role in ("negative_image", "view_image") if role in roles]
+        tables: dict[str, Tensor] = {role: table for role in further if (table := getattr(batch, role)) is not None}
+        more, stored = [table.flatten(0, 1) for table in tables.values()], batch.image_features
+        found = {}
+        if self.local:  # a store holds no patches
+            features = self._features(_joined([batch.image, *more]), partial(with_patches, self.image_tower))
+            found["patches"] = self._to_embedding(features[:n, 1:])
+            features = features[:, 0]
+        elif stored is None:
+            features = self.image_features(_joined([batch.image, *more]))
         else:
-            assert batch.image is not None, "the batch holds neither pictures nor features"
-            features = self.image_features(torch.cat([batch.image, negatives]))
-        # The head's dropout is keyed by these: a number of its own for every negative.
-        ids = -2 - (batch.id[:, None] * j + torch.arange(j, device=batch.id.device)).flatten()
-        image, negative_image = self._project(features, torch.cat([batch.id, ids])).split([n, n * j])
-        return image, negative_image.unflatten(0, (n, j)), self._tag_logits(features[:n], image)
+            features = _joined([stored, *([self.image_features(_joined(more))] if more else [])])
+        counts = [table.shape[1] for table in tables.values()]
+        embedded = self._project(features, _dropout_keys(batch.id, counts))
+        image, *parts = embedded.split([n, *(n * count for count in counts)])
+        if "tags" in self.heads:
+            found["tag_logits"] = self._tag_logits(features[:n], image)
+        return {"image": image, **{r: x.unflatten(0, (n, c)) for r, x, c in zip(tables, parts, counts)}, **found}
 
     def _encode_texts(self, batch: Batch, roles: Collection[str]) -> dict[str, Tensor]:
-        """The embeddings [... d] of every role of text that the batch holds, in one call of the tower."""
-        found = {role: getattr(batch, self._field(role)) for role in TEXTS if role in roles}
-        tables: dict[str, Tensor] = {role: table for role, table in found.items() if table is not None}
+        """The embeddings [... d] of every role of text that the batch holds, in one call of the tower.
+
+        If local, as the tower gives them and with each text's words behind [... 1+t d].
+        """
+        held = {role: getattr(batch, self._field(role)) for role in TEXTS if role in roles}
+        tables: dict[str, Tensor] = {role: table for role, table in held.items() if table is not None}
         if not tables:
             return {}
         longest = max(table.shape[-1] for table in tables.values())
         padded = [F.pad(table, (0, longest - table.shape[-1])).flatten(0, -2) for table in tables.values()]
-        encode = self.encode_features if self.reads_features else self.encode_text
+        encode = self._with_words if self.local else self.encode_features if self.reads_features else self.encode_text
         encoded = encode(torch.cat(padded)).split([len(rows) for rows in padded])
         return {role: rows.unflatten(0, tables[role].shape[:-1]) for role, rows in zip(tables, encoded)}
+
+    def _compare(self, patches: Float[Tensor, "n p d"], texts: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Of each picture with its caption [n] and its negatives [n k], from words [... 1+t d]."""
+        found = {}
+        for role, name in (("text", "local_logit"), ("negative_text", "negative_local_logit")):
+            if role in texts:
+                words, tokens = texts[role][..., 1:, :], getattr(batch, role)
+                there = spoken(self.text_tower, F.pad(tokens, (0, words.shape[-2] - tokens.shape[-1])))
+                found[name] = local_logits(patches, words, there, self.scale)
+        return found
 
     def with_image_features(self, batch: Batch) -> Batch:
         """The batch with the locked trunk's outputs in place: student and teacher then share one pass through it."""
@@ -171,33 +197,36 @@ class DualEncoder(nn.Module):
 
     def image_features(self, image: UInt8[Tensor, "n c h w"] | None) -> Float[Tensor, "n f"]:
         """The trunk's output; without gradient when it is locked. Pixels are normalised here, on their device."""
-        assert image is not None, "the batch holds neither pictures nor features"
+        return self._features(_joined([image]), self.image_tower)
+
+    def _features(self, image: UInt8[Tensor, "n c h w"], encode: Callable[[Tensor], Tensor]) -> Tensor:
         mean, std = _pixel_statistics(self.preprocess, image.device)
         pixels = ((image.float() - mean) / std).to(_dtype(self.image_tower))
         # Convolutions run up to twice as fast with the channels innermost; transformers do not mind.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_locked):
             if image.device.type != "cpu" or torch.is_grad_enabled():
-                return self.image_tower(pixels)
+                return encode(pixels)
             at_once = max(1, CPU_PIXELS // pixels[0, 0].numel()) if len(pixels) else 1
-            return torch.cat([self.image_tower(some) for some in pixels.split(at_once)])
+            return torch.cat([encode(some) for some in pixels.split(at_once)])
 
     def encode_image(self, image: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """Unit-length embeddings of preprocessed pictures."""
         return self._project(self.image_features(image))
 
     def _project(self, features: Float[Tensor, "n f"], id: Int64[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
+        return F.normalize(self._to_embedding(features, id).float(), dim=-1)
+
+    def _to_embedding(
+        self, features: Float[Tensor, "*n f"], id: Int64[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "*n d"]:
         if isinstance(self.image_head, RootHead):
             features = self.image_head(features.to(_dtype(self.image_head)), id)
         elif not isinstance(self.image_head, nn.Identity):
             features = self.image_head(features.to(_dtype(self.image_head)))
-        return F.normalize(self._head("image", features).float(), dim=-1)
+        return self._head("image", features)
 
-    def _tag_logits(
-        self, features: Float[Tensor, "n f"], embedding: Float[Tensor, "n d"]
-    ) -> Float[Tensor, "n v"] | None:
-        if "tags" not in self.heads:
-            return None
+    def _tag_logits(self, features: Float[Tensor, "n f"], embedding: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
         read = embedding if self.spec["heads"]["tags"]["on"] == "embedding" else features
         return self._head("tags", read).float()
 
@@ -207,11 +236,23 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
         """Unit-length embeddings of texts, cut to any common length where the tower allows it (`tokenizer.trim`)."""
+        return F.normalize(self._texts(tokens, self.text_tower).float(), dim=-1)
+
+    def _with_words(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n 1+t d"]:
+        """As the tower gives them: texts, and behind each its words."""
+        places = tokens.shape[1]
+
+        def encode(some: Tensor) -> Tensor:
+            return F.pad(with_words(self.text_tower, some), (0, 0, 0, places - some.shape[1]))
+
+        return self._texts(tokens, encode)
+
+    def _texts(self, tokens: Int64[Tensor, "n t"], encode: Callable[[Tensor], Tensor]) -> Tensor:
         full = self.tokenizer.context_length
         assert self.tokenizer.trim or tokens.shape[1] == full, f"this text tower needs all {full} positions"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked), _attention(tokens.device):
-            features = self._by_length(tokens) if self.tokenizer.trim else self.text_tower(tokens)
-        return F.normalize(self._head("text", features).float(), dim=-1)
+            features = self._by_length(tokens, encode) if self.tokenizer.trim else encode(tokens)
+        return self._head("text", features)
 
     @property
     def reads_features(self) -> bool:
@@ -247,14 +288,14 @@ class DualEncoder(nn.Module):
             )
         return load(name, self.log_scale.device)
 
-    def _by_length(self, tokens: Int64[Tensor, "n t"]) -> Float[Tensor, "n d"]:
-        """The text tower on texts of like length at a time: the same values, without most of the padding."""
+    def _by_length(self, tokens: Int64[Tensor, "n t"], encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Texts of like length at a time: the same values, without most of the padding."""
         # Not the number of tokens other than 0: CLIP's token 0 is a real one, a "!" inside a word.
         places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         lengths = ((tokens != 0) * places).amax(1)
         order = lengths.argsort(stable=True)
         parts = order.chunk(BUCKETS if len(order) >= 128 * BUCKETS else 1)
-        features = [self.text_tower(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]
+        features = [encode(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]
         return torch.cat(features)[order.argsort()]
 
     def embed_images(self, images: Sequence[Any] | np.ndarray, batch_size: int = 64) -> Float[Tensor, "n d"]:
@@ -352,6 +393,21 @@ def load_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "3 s s"]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(f"a picture should be a uint8 array (h w 3), found {array.dtype} {array.shape}")
     return fit(torch.tensor(array).permute(2, 0, 1), preprocess)
+
+
+def _dropout_keys(id: Int64[Tensor, " n"], counts: list[int]) -> Int64[Tensor, " m"]:
+    """What the head's dropout is keyed by: the pairs' ids, then a number of its own for each of their other ones."""
+    keys, first = [id], 0
+    for count in counts:
+        place = torch.arange(first, first + count, device=id.device)
+        keys.append(-2 - (id[:, None] * sum(counts) + place).flatten())
+        first += count
+    return torch.cat(keys)
+
+
+def _joined(tables: list[Any]) -> Tensor:
+    assert all(table is not None for table in tables), "the batch holds neither pictures nor features"
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
 
 
 @lru_cache

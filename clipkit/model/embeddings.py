@@ -1,7 +1,7 @@
 """`Embeddings`: what the towers hand to the objective.
 
-Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), v words of the vocabulary of
-tags, d.
+Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), v further views, w words of the
+vocabulary of tags, d.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _ROLES = {
     "positive_text": "n p d",
     "negative_text": "n k d",
     "negative_image": "n j d",
-    "tag_logits": "n v",
+    "tag_logits": "n w",
+    "view_image": "n v d",
+    "local_logit": "n",
+    "negative_local_logit": "n k",
 }
 _BESIDE = {
     "valid": "n k",
@@ -29,7 +32,7 @@ _BESIDE = {
     "negative_image_valid": "n j",
     "negative_kind": "n k",
     "relevance": "n",
-    "tags": "n v",
+    "tags": "n w",
     "label": "n",
     "id": "n",
     "group": "n",
@@ -38,7 +41,7 @@ _MARKS = {"negative_text": "valid", "positive_text": "positive_valid", "negative
 """Which of a ragged role's places are filled; all of them where it is not said."""
 _BLANKS = {"negative_text": 0, "negative_image": 0, "valid": False, "negative_image_valid": False, "negative_kind": -1}
 """What stands for negatives that a pair does not have."""
-_OF_THE_PICTURE = ("image", "id", "group", "relevance", "label")
+_OF_THE_PICTURE = ("image", "id", "group", "relevance", "label", "view_image")
 """What a pair's further captions share with it."""
 
 
@@ -48,6 +51,8 @@ class Embeddings:
 
     `valid` marks the negative captions that exist (default: all), `positive_valid` and `negative_image_valid` the
     further captions of the picture and the negative pictures; picture j shows what negative caption j says.
+    `view_image` are further views of the picture; `local_logit` says how well the caption's words find themselves in
+    its patches (`clipkit.model.local`, scale included), `negative_local_logit` the same of its negatives.
     `negative_kind` numbers the kinds of negatives, `relevance` (≥ 0) says how well a caption fits. `id` is the dense
     number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
     out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
@@ -66,13 +71,16 @@ class Embeddings:
     negative_text: Float[Tensor, "n k d"] | None = None
     negative_image: Float[Tensor, "n j d"] | None = None
     positive_text: Float[Tensor, "n p d"] | None = None
+    view_image: Float[Tensor, "n v d"] | None = None
+    local_logit: Float[Tensor, " n"] | None = None
+    negative_local_logit: Float[Tensor, "n k"] | None = None
     valid: Bool[Tensor, "n k"] | None = None
     positive_valid: Bool[Tensor, "n p"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
     negative_kind: Int64[Tensor, "n k"] | None = None
     relevance: Float[Tensor, " n"] | None = None
-    tag_logits: Float[Tensor, "n v"] | None = None
-    tags: Bool[Tensor, "n v"] | None = None
+    tag_logits: Float[Tensor, "n w"] | None = None
+    tags: Bool[Tensor, "n w"] | None = None
     label: Int64[Tensor, " n"] | None = None
     id: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
     group: Int64[Tensor, " n"] = None  # type: ignore[assignment]  # filled in below
@@ -126,7 +134,16 @@ class Embeddings:
         for name, blank in _BLANKS.items():
             if (x := getattr(self, name)) is not None:
                 more[name] = x.new_full((len(row), *x.shape[1:]), blank)
-        alone = replace(self, positive_text=None, positive_valid=None, teacher=None, tag_logits=None, tags=None)
+        apart = (
+            "positive_text",
+            "positive_valid",
+            "local_logit",
+            "negative_local_logit",
+            "tag_logits",
+            "tags",
+            "teacher",
+        )
+        alone = replace(self, **dict.fromkeys(apart))
         teacher = self.teacher and self.teacher.with_positives()
         joined = {name: torch.cat([getattr(alone, name), x]) for name, x in more.items()}
         return replace(alone, **joined, teacher=teacher)

@@ -35,6 +35,11 @@ class Objective:
         self.pulls: dict[str, float] = {}
         """Each term's share of the gradient at the embeddings, where the last call was to find it (`at`)."""
 
+    @property
+    def needs(self) -> set[str]:
+        """What the embeddings have to hold."""
+        return {need for name in self.terms for need in TERMS.entry(name).needs}
+
     def __call__(
         self, z: Embeddings, at: Embeddings | None = None
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:

@@ -75,7 +75,30 @@ def fsc_global(
     Over pairs with a valid negative. The released code left negatives that do not exist in the softmax, with logit 0.
     """
     negatives, valid = z.negatives
-    logits = z.scale * _cosines(z.image, z.text, negatives)
+    return _calibrated(z.scale * _cosines(z.image, z.text, negatives), valid, gamma, smoothing)
+
+
+@term(needs=("negative_text", "local_logit"))
+def fsc_local(
+    z: Embeddings, *, gamma: Annotated[float, Field(ge=0.0)] = 2.0, smoothing: Share = 0.02
+) -> Float[Tensor, ""]:
+    """`fsc_global` between words and patches. FSC-CLIP's local hard-negative loss, arXiv 2410.05210.
+
+        mean_i Σ_k y_ik (1 - p_ik)^gamma -log p_ik      p_i = softmax([S(v_i, t_i); S(v_i, n_i1); ...])
+        S(v, t) = log Σ_w e^{s cos(v_w, e_w)}           v_w the picture's patches as word e_w attends to them
+
+    y and the mean as in `fsc_global`; S is `clipkit.model.local.local_logits`.
+    """
+    if z.local_logit is None or z.negative_local_logit is None or z.valid is None:
+        raise UserError("fsc_local: needs embeddings.local_logit and negative_local_logit and found none")
+    logits = torch.cat([full(z.local_logit)[:, None], full(z.negative_local_logit)], 1)
+    return _calibrated(logits, z.valid, gamma, smoothing)
+
+
+def _calibrated(
+    logits: Float[Tensor, "n c"], valid: Bool[Tensor, "n k"], gamma: float, smoothing: float
+) -> Float[Tensor, ""]:
+    """Focal rows with smoothed labels over the caption, the first candidate, and its valid negatives."""
     keep = pad(valid, (1, 0), value=True).to(logits.dtype)
     targets = smoothing * keep / keep.sum(1, keepdim=True)
     targets[:, 0] += 1 - smoothing

@@ -56,11 +56,23 @@ def tcl(
             apart = ~diagonal(same_group(z))
             cosines = torch.cat([cosines, similarity(anchor, anchor)], 1)
             positive, keep = torch.cat([positive, same_group(z) & apart], 1), torch.cat([keep, apart], 1)
-        weights = log_mask(keep).to(cosines.dtype).masked_fill(keep & ~positive, log_k2)
-        pulls = (log_k1 - cosines).masked_fill(~positive, -torch.inf)
-        return contrast_rows(z.scale * cosines, _shares(positive, cosines.dtype), log_weights=weights, extra=pulls)
+        return tuned_rows(cosines, positive, keep, z.scale, log_k1, log_k2)
 
     return both_ways([rows(z.image, z.text, negatives), rows(z.text, z.image, negatives if within else "none")])
+
+
+def tuned_rows(
+    cosines: Float[Tensor, "a c"],
+    positive: Bool[Tensor, "a c"],
+    keep: Bool[Tensor, "a c"],
+    scale: Tensor | float,
+    log_k1: float,
+    log_k2: float,
+) -> Float[Tensor, " a"]:
+    """Rows of `tcl`: its positives, and what else is kept as its negatives."""
+    weights = log_mask(keep).to(cosines.dtype).masked_fill(keep & ~positive, log_k2)
+    pulls = (log_k1 - cosines).masked_fill(~positive, -torch.inf)
+    return contrast_rows(scale * cosines, _shares(positive, cosines.dtype), log_weights=weights, extra=pulls)
 
 
 @term()

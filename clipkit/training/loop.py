@@ -47,6 +47,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     if teacher:
         teacher.to(engine.device)
     objective = Objective(config.objective)
+    if "local_logit" in objective.needs:
+        model.compare_locally()  # the teacher, a copy, does not
     guard = Guard(config.guard)
     checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard)
     start = checkpoints.restore() if resume else 0

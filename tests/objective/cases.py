@@ -54,6 +54,8 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "imc own": {"negatives": "own"},
     "fsc_global": {},
     "fsc_global plain": {"gamma": 0.0, "smoothing": 0.3},
+    "fsc_local": {},
+    "fsc_local plain": {"gamma": 0.0, "smoothing": 0.3},
     "tic": {},
     "tic few": {"top": 2, "cap": 0.4},
     "triplet": {},
@@ -61,6 +63,10 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "macl cool": {"alpha": -0.6, "a0": 0.2},
     "mv_infonce": {},
     "mv_dhel": {},
+    "tcl_views": {},
+    "tcl_views supcon": {"scale": 6.0, "log_k1": -inf, "log_k2": 0.4},
+    "groco": {},
+    "groco few": {"top": 3, "steepness": 20.0},
     "one_to_k": {},
     "m2_mix": {"scale": 12.0},
     "m2_mix given": {"scale": 8.0, "lam": 0.3},
@@ -141,11 +147,15 @@ def ragged(n: int = 8, k: int = 3, d: int = 6, seed: int = 0) -> Embeddings:
     valid = torch.rand(n, k, generator=g) < torch.arange(n)[:, None] % 4 / 3
     group = torch.arange(n)
     group[n // 2] = group[0]
+    other = torch.Generator().manual_seed(1000 + seed)
     return Embeddings(
         image=unit(g, n, d),
         text=unit(g, n, d),
         negative_text=unit(g, n, k, d),
         negative_image=unit(g, n, k, d),
+        view_image=unit(other, n, 2, d),
+        local_logit=9 * torch.randn(n, generator=other, dtype=torch.float64),
+        negative_local_logit=9 * torch.randn(n, k, generator=other, dtype=torch.float64),
         valid=valid,
         id=torch.arange(n),
         group=group,
@@ -169,6 +179,7 @@ def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
 def leaves(z: Embeddings, *, teacher: bool = False) -> list[Tensor]:
     """Make every table (and scale and bias) a leaf with gradient; returns them. With `teacher`, the teacher's too."""
     tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image, z.tag_logits]
+    tables += [z.view_image, z.local_logit, z.negative_local_logit]
     if teacher and z.teacher:
         tables += [z.teacher.image, z.teacher.text, z.teacher.negative_text]
     return [x.requires_grad_() for x in tables if isinstance(x, Tensor)]

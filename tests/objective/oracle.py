@@ -40,6 +40,11 @@ class Pairs:
         if z.negative_image is not None:
             made = zip(z.negative_image.tolist(), z.valid.tolist())
             self.made = [[x for x, ok in zip(r, o) if ok] for r, o in made]
+        if z.local_logit is not None and z.negative_local_logit is not None:
+            self.local = z.local_logit.tolist()
+            worse = zip(z.negative_local_logit.tolist(), z.valid.tolist())
+            self.local_n = [[x for x, ok in zip(r, o) if ok] for r, o in worse]
+        self.views = [] if z.view_image is None else z.view_image.transpose(0, 1).tolist()
         self.bias = 0.0 if z.bias is None else float(z.bias)
         self.rows = range(len(self.v))
         if z.teacher is not None:
@@ -250,18 +255,23 @@ def imc(p: Pairs, negatives: str = "all") -> float:
     return sum(rows) / len(rows)
 
 
+def calibrated(logits: list[float], gamma: float, smoothing: float) -> float:
+    row = 0.0
+    for k, x in enumerate(logits):
+        log_p = x - log_sum(logits)
+        target = smoothing / len(logits) + (1 - smoothing if k == 0 else 0.0)
+        row -= target * (1 - math.exp(log_p)) ** gamma * log_p
+    return row
+
+
 def fsc_global(p: Pairs, gamma: float = 2.0, smoothing: float = 0.02) -> float:
-    rows = []
-    for i in p.rows:
-        if p.n[i]:
-            logits = [p.scale * dot(p.v[i], x) for x in [p.t[i], *p.n[i]]]
-            row = 0.0
-            for k, x in enumerate(logits):
-                log_p = x - log_sum(logits)
-                target = smoothing / len(logits) + (1 - smoothing if k == 0 else 0.0)
-                row -= target * (1 - math.exp(log_p)) ** gamma * log_p
-            rows.append(row)
-    return sum(rows) / len(rows)
+    logits = [[p.scale * dot(p.v[i], x) for x in [p.t[i], *p.n[i]]] for i in p.rows if p.n[i]]
+    return sum(calibrated(row, gamma, smoothing) for row in logits) / len(logits)
+
+
+def fsc_local(p: Pairs, gamma: float = 2.0, smoothing: float = 0.02) -> float:
+    logits = [[p.local[i], *p.local_n[i]] for i in p.rows if p.local_n[i]]
+    return sum(calibrated(row, gamma, smoothing) for row in logits) / len(logits)
 
 
 def tic(p: Pairs, top: int = 10, cap: float = 0.95, mask_same_group: bool = True) -> float:
@@ -302,21 +312,64 @@ def m2_mix(p: Pairs, scale: float = 100.0, lam: float | None = None, mask_same_g
 
 
 def mv_infonce(p: Pairs, mask_same_group: bool = True) -> float:
-    total = 0.0
+    total, views = 0.0, [p.v, p.t, *p.views]
+    ordered = [(a, b) for a in views for b in views if a is not b]
     for i in p.rows:
         every = [i, *p.rivals(i, mask_same_group)]
-        pairs = sum(math.exp(p.scale * dot(a[i], b[i])) for a, b in both(p))
-        total -= math.log(pairs / sum(math.exp(p.scale * dot(a[i], b[j])) for a, b in both(p) for j in every))
+        pairs = sum(math.exp(p.scale * dot(a[i], b[i])) for a, b in ordered)
+        total -= math.log(pairs / sum(math.exp(p.scale * dot(a[i], b[j])) for a, b in ordered for j in every))
     return total / len(p.rows)
 
 
 def mv_dhel(p: Pairs, mask_same_group: bool = True) -> float:
-    total = 0.0
+    total, views = 0.0, [p.v, p.t, *p.views]
     for i in p.rows:
-        total -= math.log(sum(math.exp(p.scale * dot(a[i], b[i])) for a, b in both(p)))
-        for view in (p.v, p.t):
+        total -= math.log(sum(math.exp(p.scale * dot(a[i], b[i])) for a in views for b in views if a is not b))
+        for view in views:
             total += log_sum([p.scale * dot(view[i], view[j]) for j in p.rivals(i, mask_same_group)])
     return total / len(p.rows)
+
+
+def tcl_views(p: Pairs, scale: float = 10.0, log_k1: float = math.log(5000), log_k2: float = 0.0) -> float:
+    rows, seen = 0.0, [(x, p.group[i]) for view in (p.v, *p.views) for i, x in enumerate(view)]
+    for a, (anchor, group) in enumerate(seen):
+        others = [(dot(anchor, x), of == group) for b, (x, of) in enumerate(seen) if b != a]
+        positive = [x for x, same in others if same]
+        below = sum(math.exp(scale * x) + math.exp(log_k1 - x) for x in positive)
+        below += sum(math.exp(log_k2 + scale * x) for x, same in others if not same)
+        rows -= sum(scale * x - math.log(below) for x in positive) / len(positive)
+    return rows / len(seen)
+
+
+def soft_sort(values: Vector, steepness: float, missing: int = 0) -> list[Vector]:
+    """Row i, column r: how likely value i comes out at rank r of an odd-even network, the lowest first.
+
+    `missing` places of the network, its lowest, are not used.
+    """
+    size, values = len(values), list(values)
+    shares = [[float(i == r) for r in range(size)] for i in range(size)]
+    for layer in range(size + missing):
+        for a in range((layer + missing) % 2, size - 1, 2):
+            low, high = values[a], values[a + 1]
+            stay = math.atan(steepness * (high - low)) / math.pi + 0.5
+            values[a], values[a + 1] = stay * low + (1 - stay) * high, (1 - stay) * low + stay * high
+            for row in shares:
+                low, high = row[a], row[a + 1]
+                row[a], row[a + 1] = stay * low + (1 - stay) * high, (1 - stay) * low + stay * high
+    return shares
+
+
+def groco(p: Pairs, top: int = 10, steepness: float = 1.0, mask_same_group: bool = True) -> float:
+    views, rows = [p.v, *p.views], []
+    for view in views:
+        for i in p.rows:
+            positives = sorted(dot(view[i], other[i]) for other in views if other is not view)
+            negatives = sorted(dot(view[i], view[j]) for j in p.rivals(i, mask_same_group))[-top:]
+            shares = soft_sort([*negatives, *positives], steepness, top - len(negatives))
+            above = [sum(row[-len(positives) :]) for row in shares]
+            right = [1 - q for q in above[: len(negatives)]] + above[len(negatives) :]
+            rows.append(-sum(math.log(q) for q in right) / len(right))
+    return sum(rows) / len(rows)
 
 
 def alignment(p: Pairs, alpha: float = 2.0) -> float:
@@ -438,6 +491,7 @@ TERMS = {
         generative_negatives, mochi,
         stc, class_similarity, spurious,
         structure, paraphrase,
+        fsc_local, tcl_views, groco,
     )
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ GOLDEN = [
 ]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 
-OWN_NEGATIVES = ("igc", "tgc", "rank", "fsc_global", "spurious")
+OWN_NEGATIVES = ("igc", "tgc", "rank", "fsc_global", "fsc_local", "spurious")
 
 every_term = pytest.mark.parametrize("case", EVERY_TERM)
 
@@ -96,19 +96,24 @@ def test_equals_its_loops(case: str, seed: int):
 @every_term
 def test_gradcheck(case: str):
     z = ragged(n=4, k=2, d=3)
-    names = ["image", "text", "negative_text", "scale", "bias", "negative_image", "tag_logits"]
-    needs, stopped = TERMS.entry(named(case)).needs, Stopped()
-    unused = {"negative_image", "tag_logits"}.difference(needs)
-    if "positive_text" in needs:  # for which negative pictures stand in
-        unused.discard("negative_image")
-    inputs = [x for name, x in zip(names, leaves(z)) if name not in unused]
-    names = [name for name in names if name not in unused]
+    names = ["image", "text", "negative_text", "scale", "bias", *USED.get(named(case), ())]
+    leaves(z)
+    inputs, stopped = [getattr(z, name) for name in names], Stopped()
 
     def compute(*tables: Tensor) -> Tensor:
         with stopped.held():
             return value(case, replace(z, **dict(zip(names, tables))))
 
     assert torch.autograd.gradcheck(compute, inputs, eps=1e-6, atol=1e-7)
+
+
+USED = {
+    **dict.fromkeys(("triplet", "generative_negatives", "spurious"), ("negative_image",)),
+    "stc": ("tag_logits",),
+    "fsc_local": ("local_logit", "negative_local_logit"),
+    **dict.fromkeys(("mv_infonce", "mv_dhel", "tcl_views", "groco"), ("view_image",)),
+}
+"""Tables beside the usual ones."""
 
 
 class Stopped:
@@ -155,11 +160,12 @@ def test_permuting_a_pairs_negatives_changes_nothing(case: str):
     z = ragged()
     assert z.negative_text is not None and z.valid is not None and z.teacher and z.teacher.negative_text is not None
     order = [2, 0, 1]
-    assert z.negative_image is not None
+    assert z.negative_image is not None and z.negative_local_logit is not None
     turned = replace(
         z,
         negative_text=z.negative_text[:, order],
         negative_image=z.negative_image[:, order],
+        negative_local_logit=z.negative_local_logit[:, order],
         valid=z.valid[:, order],
         teacher=replace(z.teacher, negative_text=z.teacher.negative_text[:, order]),
     )
@@ -176,11 +182,12 @@ def test_swapping_negatives_between_pairs(case: str, changes: bool):
     assert z.negative_text is not None and z.valid is not None and z.teacher and z.teacher.negative_text is not None
     order = torch.arange(len(z))
     order[0], order[3] = 3, 0
-    assert z.negative_image is not None
+    assert z.negative_image is not None and z.negative_local_logit is not None
     swapped = replace(
         z,
         negative_text=z.negative_text[order],
         negative_image=z.negative_image[order],
+        negative_local_logit=z.negative_local_logit[order],
         valid=z.valid[order],
         teacher=replace(z.teacher, negative_text=z.teacher.negative_text[order]),
     )
@@ -193,12 +200,14 @@ def test_invalid_negatives_add_nothing(case: str):
     """Whatever stands in the padding: the value and every gradient stay, and the padding gets none."""
     z, other = ragged(), ragged()
     assert z.negative_text is not None and other.negative_text is not None and z.valid is not None
+    assert z.negative_local_logit is not None
     other.negative_text = torch.where(z.valid[..., None], z.negative_text, unit(torch.Generator(), 8, 3, 6) * 50)
     other.negative_image = torch.where(z.valid[..., None], z.negative_image, unit(torch.Generator(), 8, 3, 6) * 50)
+    other.negative_local_logit = z.negative_local_logit.where(z.valid, torch.tensor(77.0, dtype=torch.float64))
     first, second = gradients(case, z), gradients(case, other)
     torch.testing.assert_close(value(case, z), value(case, other), rtol=0, atol=1e-12)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
-    assert not first[2][~z.valid].any() and not first[5][~z.valid].any()
+    assert not any(first[place][~z.valid].any() for place in (2, 5, 8))
 
 
 @pytest.mark.parametrize("case", ["igc", "tgc", "rank", "rank fixed", "imc", "imc own", "fsc_global"])
@@ -206,7 +215,7 @@ def test_no_valid_negative_gives_zero(case: str):
     z = ragged()
     assert z.negative_text is not None and z.valid is not None
     nothing = replace(z, valid=torch.zeros_like(z.valid))
-    without = replace(z, negative_text=z.negative_text[:, :0], valid=z.valid[:, :0])
+    without = replace(z, negative_text=z.negative_text[:, :0], valid=z.valid[:, :0], negative_local_logit=None)
     for empty in (nothing, without, replace(z, negative_text=None, valid=None)):
         got = gradients(case, empty)
         assert value(case, empty).item() == 0.0
@@ -226,7 +235,8 @@ def test_without_negatives_it_is_the_plain_form(case: str):
     expected = run(named(case), z, **plain)
     slopes = torch.autograd.grad(expected, images)
     teacher = replace(z.teacher, negative_text=z.teacher.negative_text[:, :0], valid=None)
-    without = replace(z, negative_text=z.negative_text[:, :0].detach(), valid=z.valid[:, :0], negative_image=None)
+    z = replace(z, negative_image=None, negative_local_logit=None)
+    without = replace(z, negative_text=z.negative_text[:, :0].detach(), valid=z.valid[:, :0])
     for empty in (replace(without, teacher=teacher), replace(without, negative_text=None, valid=None)):
         assert torch.equal(value(case, empty), expected)
         z.image.grad = None
@@ -245,7 +255,7 @@ def test_weight_zero_equals_the_rest_bit_for_bit():
 def test_scale_and_bias_get_a_gradient_from_every_objective():
     """DDP waits for one; it is 0 where no term uses them, and a lone term keeps its value."""
     z = ragged()
-    *_, scale, bias, _, tag_logits = leaves(z)
+    _, _, _, scale, bias, _, tag_logits, *_ = leaves(z)
     total, values = objective(z, {"alignment": {}})
     total.backward()
     assert total == values["alignment"]
@@ -284,7 +294,7 @@ def test_captions_of_the_same_picture_are_no_negatives(case: str):
 
 
 # With alpha = 0.9 the detached form ends at log 0.9.
-ALONE = ("dcl", "hn_nce", "gcl", "macl", "m2_mix", "mv_infonce", "mv_dhel", "uniformity", "tic")
+ALONE = ("dcl", "hn_nce", "gcl", "macl", "m2_mix", "mv_infonce", "mv_dhel", "uniformity", "tic", "groco")
 ALONE += ("sogclr", "isogclr", "fastclip", "mochi")
 
 
@@ -375,7 +385,8 @@ def test_half_precision_is_computed_in_full(case: str):
         assert torch.equal(value(case, same), value(case, half))
 
 
-ROLES = ("image", "text", "negative_text", "negative_image", "tag_logits")
+ROLES = ("image", "text", "negative_text", "negative_image", "view_image", "local_logit", "negative_local_logit")
+ROLES += ("tag_logits",)
 
 
 def extreme(kind: str, dtype: torch.dtype) -> Embeddings:
@@ -404,7 +415,10 @@ def filled(z: Embeddings, row: Tensor) -> Embeddings:
     same = row.expand_as(z.image)
     negatives = row.expand_as(z.negative_text)
     teacher = Embeddings(same, same, negatives)
-    return replace(z, image=same, text=same, negative_text=negatives, negative_image=negatives, teacher=teacher)
+    views = row.expand(len(z), 2, -1)
+    return replace(
+        z, image=same, text=same, negative_text=negatives, negative_image=negatives, view_image=views, teacher=teacher
+    )
 
 
 def rearranged(z: Embeddings, order: Tensor) -> Embeddings:

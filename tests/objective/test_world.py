@@ -55,8 +55,9 @@ def measured(
         loss = loss_of(case, fresh.world())
         loss.backward()
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-        rows = [distributed.all_gather(g) / distributed.world_size() for g in grads if g.ndim > 1]
-        shared = [distributed.all_gather(g).mean(0, keepdim=True) for g in grads if g.ndim == 1]
+        table = [len(g) == len(fresh) for g in grads]  # of one row a pair; else scale or bias, of shape [1]
+        rows = [distributed.all_gather(g) / distributed.world_size() for g, of in zip(grads, table) if of]
+        shared = [distributed.all_gather(g).mean(0, keepdim=True) for g, of in zip(grads, table) if not of]
         out[case] = [loss.tolist(), *(g.tolist() for g in rows + shared)]
     return out
 
@@ -85,7 +86,7 @@ def test_ranks_equal_one_process(world: int):
     expected = measured(ragged())
     expected["tiled pairs"] = expected["generative_negatives"]
     expected["pulls"] = expected["tiled pulls"] = [pulls_of(ragged())]
-    for got in run_ranks(on_a_rank, world):
+    for got in run_ranks(on_a_rank, world, timeout_s=120):
         assert got.keys() == expected.keys()
         for case, values in expected.items():
             for one, several in zip(values, got[case]):

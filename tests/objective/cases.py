@@ -81,8 +81,6 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "sogclr": {},
     "isogclr": {"tau": 0.2},
     "fastclip": {},
-    "fastclip v0": {"version": "v0"},
-    "fastclip v1": {"version": "v1"},
     "fastclip v2": {"version": "v2", "tau": 0.15},
     "generative_negatives": {},
     "mochi": {"hardest": 3, "mixed": 4, "pulled": 2},

@@ -98,7 +98,7 @@ def _sheet(members: dict[str, bytes], report: Nouns) -> bytes:
     report.pairs += 1
     report.tags += len(tags)
     report.untagged += not tags
-    report.unlisted += sum(tag not in lexicon().nouns.forms for tag in tags)
+    report.unlisted += sum(noun not in lexicon().nouns.forms for noun in found)
     record = json.loads(members["json"]) if "json" in members else {}
     return json.dumps(record | {"tags": tags}, ensure_ascii=False).encode()
 

@@ -330,6 +330,18 @@ def test_a_settled_row_is_left_alone():
     assert torch.autograd.grad(loss, inputs[0])[0].abs().max() < 1e-20
 
 
+def test_the_local_form_is_the_global_one_on_other_logits():
+    z = ragged()
+    assert z.negative_text is not None and z.valid is not None
+    negatives = z.scale * (z.image[:, None] * z.negative_text).sum(2)
+    local = replace(z, local_logit=z.scale * (z.image * z.text).sum(1), negative_local_logit=negatives)
+    close(run("fsc_local", local), run("fsc_global", z).item())
+    close(run("fsc_local", local, gamma=0.0, smoothing=0.0), run("igc", z).item())
+    assert run("fsc_local", replace(local, valid=torch.zeros_like(z.valid))).item() == 0.0
+    with pytest.raises(UserError, match=r"fsc_local: needs embeddings\.local_logit and negative_local_logit"):
+        run("fsc_local", replace(local, local_logit=None))
+
+
 # triplet, m2_mix
 
 

@@ -46,6 +46,8 @@ def check_teacher(config: Config) -> list[str]:
             problems.append(f"objective.{term} needs teacher.kind: ema, frozen or precomputed, got none")
         elif lacking := [role for role, needed in roles.items() if needed and not _has(config, role)]:
             problems.append(f"objective.{term} needs the teacher's {lacking[0]}; teacher.towers is {teacher.towers}")
+    if teacher.towers != "both" and not problems and not teacher_roles(config):
+        problems.append(f"teacher.towers: {teacher.towers}, but no term of the objective looks at it")
     if teacher.half_life is not None and teacher.half_life_samples is not None:
         problems.append("teacher.half_life_samples: stands instead of teacher.half_life, both are given")
     if teacher.kind in ("frozen", "precomputed"):

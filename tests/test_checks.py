@@ -54,6 +54,7 @@ STORED = {"teacher_features": "clip"}
             {"objective": {"gist": {}}, "teacher": {"kind": "frozen", "towers": "text"}},
             "objective.gist needs the teacher's image; teacher.towers is text",
         ),
+        ({"teacher": EMA | {"towers": "text"}}, "teacher.towers: text, but no term of the objective looks at it"),
         (
             {"teacher": {"kind": "precomputed"}},
             "teacher.kind: precomputed and data.teacher_features (the set it reads) belong together",

@@ -114,6 +114,8 @@ def gathered(rank: int, world: int) -> dict[str, Any]:
     assert z.teacher is not None and whole.teacher is not None
     assert torch.equal(z.teacher.text, whole.teacher.text) and not z.teacher.text.requires_grad
     assert z.image.requires_grad and z.negative_text is not None and z.negative_text.requires_grad
+    lean = replace(local, teacher=replace(local.teacher, image=None)).world().teacher
+    assert lean is not None and lean.image is None and torch.equal(lean.text, whole.teacher.text) and len(lean) == 8
     fresh = Embeddings(local.image, local.text).world()
     return {"id": fresh.id.tolist(), "group": fresh.group.tolist()}
 

@@ -59,7 +59,7 @@ app = _group(
 GROUPS = {
     "config": ("Show and check configs.", {"show": runs.show, "check": runs.check, "schema": runs.schema}),
     "shards": (
-        "Write, index, check, show, count, tag, reshard and embed tar shards.",
+        "Write, check, show, tag and embed tar shards.",
         {
             "build": data.build,
             "index": data.index,

@@ -16,18 +16,25 @@ from clipkit import config as configuration
 from clipkit.config import Config, data_folders
 from clipkit.registry import TERMS, Entry
 
-GROUND = ("base/pretrain.yaml", "base/finetune_coco.yaml")
-"""Methods are the configs that stand on one of these, perhaps through another; the others are runs on given data."""
+RUNS = ("base/world.yaml", "base/flickr8k.yaml", "base/abstract_scenes.yaml")
+"""Configs on one of these, perhaps through another, are runs on given data; all others but `debug` are methods."""
 
 NEEDS = {
     "negative_text": "negative captions",
     "negative_image": "pictures of negatives",
+    "alternates": "similar pictures",
     "positives": "several captions a picture",
+    "view_image": "views",
+    "local_logit": "patches and words",
+    "text_features": "stored text features",
     "teacher": "a teacher",
-    "frozen teacher": "a guide (frozen teacher)",
+    "frozen teacher": "a frozen teacher",
+    "precomputed teacher": "stored embeddings of a teacher",
     "locked image": "a locked image tower",
+    "tag_logits": "tags",
+    "label": "classes",
     "bias": "a learned bias",
-    "relevance": "`relevance` in the shards",
+    "relevance": "relevance",
 }
 """What a method may need, in the words of the table."""
 
@@ -60,22 +67,36 @@ class Method:
     @property
     def needs(self) -> list[str]:
         """What it asks for beside pairs, in the words of NEEDS."""
-        config = self.config
-        asked = {need for name in config.objective for need in TERMS.entry(name).needs}
-        asked |= {"negative_text"} if config.data.negatives else set()
-        asked |= {"negative_image"} if config.data.negative_images else set()
-        asked |= {"positives"} if config.data.positives else set()
-        asked |= {"relevance"} if "gcl" in config.objective else set()
-        asked |= {"locked image"} if config.model.lock_image else set()
-        if config.teacher.kind == "frozen":
-            asked = asked - {"teacher"} | {"frozen teacher"}
+        config, data = self.config, self.config.data
+        asked = {need for name in config.objective for need in needs(name)} - {"teacher"}
+        used = {
+            "negative_text": data.negatives,
+            "negative_image": data.negative_images,
+            "alternates": data.alternates,
+            "positives": data.positives,
+            "view_image": data.views,
+            "text_features": config.model.text.features,
+            "label": data.labels,
+            "locked image": config.model.lock_image,
+            "bias": config.model.bias is not None,
+            {"ema": "teacher"}.get(config.teacher.kind, f"{config.teacher.kind} teacher"): True,
+        }
+        asked |= {name for name, value in used.items() if value}
         return [words for key, words in NEEDS.items() if key in asked]
+
+
+def needs(term: str) -> list[str]:
+    """What a term asks for, by NEEDS' names."""
+    found = {"positives" if need == "positive_text" else need for need in TERMS.entry(term).needs}
+    if any(need.startswith("teacher.") for need in found):
+        found.add("teacher")
+    return [name for name in NEEDS if name in found]
 
 
 def every() -> list[str]:
     """Names of the packaged methods."""
     folder = next(folder for folder in data_folders("configs") if folder.is_dir())
-    return sorted(path.stem for path in folder.glob("*.yaml") if _ground(path) in GROUND)
+    return sorted(path.stem for path in folder.glob("*.yaml") if _ground(path) not in RUNS and path.stem != "debug")
 
 
 def _ground(path: Path) -> str:
@@ -101,7 +122,7 @@ def method(name: str) -> Method:
 
 def markdown(methods: Sequence[Method], measured: str = "") -> str:
     """The document: methods by what they need, each method, relations, each term, and what was `measured`."""
-    parts = [HEAD, _by_need(methods), METHODS, *map(_method, methods), RELATED, _relations(), TERMS_HEAD]
+    parts = [HEAD, _by_need(methods), NOTES, METHODS, *map(_method, methods), RELATED, _relations(), TERMS_HEAD]
     parts += [_term(TERMS.entry(name), methods) for name in TERMS]
     if measured:
         parts += [MEASURED, measured]
@@ -161,8 +182,8 @@ def _term(entry: Entry, methods: Sequence[Method]) -> str:
         "",
         f"- settings: `weight: 1`{', ' + settings if settings else ''}",
     ]
-    if entry.needs:
-        lines.append(f"- needs: {', '.join(NEEDS.get(need, need) for need in entry.needs)}")
+    if asked := needs(entry.name):
+        lines.append(f"- needs: {', '.join(NEEDS[name] for name in asked)}")
     if used:
         lines.append(f"- in: {used}")
     return "\n".join(lines)
@@ -195,6 +216,27 @@ RELATED = """
 ## Relations between terms
 
 Each is checked in value and gradient by the tests.
+"""
+
+NOTES = """
+What the words mean: *negative captions* are `data.negatives` ≥ 1 and captions with negatives in the shards; *several
+captions a picture* `data.positives` ≥ 1, or shards with a pair for each and `group` naming the picture; *views*
+`data.views` ≥ 1; *relevance*, *tags*, *classes* and *similar pictures* are fields of KEY.json ([shards.md](shards.md));
+*stored* features and embeddings are written by `clipkit shards embed`. *Patches and words* come from an open_clip ViT,
+`model.image.conv`, or a timm network that averages a map or tokens, with a text tower of open_clip's that pools at the
+end of the text.
+
+A *teacher* is `ema` (a moving average; its half-life as a fraction of the run or in samples, with a warm-up), `frozen`
+(the student's start, or any model named by `teacher.start`) or `precomputed` (embeddings in the shards). It encodes
+what the terms look at, of its `towers`. `gist` and `structure` also take one whose embeddings are of another width.
+
+`sogclr`, `isogclr` and `fastclip` keep some numbers of every sample the run has met, 8 to 36 bytes, divided among the
+ranks by the sample's id and whole in `terms.safetensors`. A run goes on with them on any number of ranks; with other
+data behind the ids it has to begin anew (`model.start`). `sogclr` and `fastclip` v1 take their temperature from
+`model.scale`, which stays as it is; in `isogclr` and v2 it is not used.
+
+Not here: AMCL (arXiv 2310.05615), which learns several projection heads and a small net for the temperature of every
+pair and is published without exact equations, and FG-CLIP's terms for regions, which need boxes.
 """
 
 TERMS_HEAD = """

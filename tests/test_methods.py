@@ -38,7 +38,7 @@ def test_needs_are_those_of_terms_data_and_model():
     assert methods.method("degla").needs == ["negative captions", "a teacher"]
     assert methods.method("triplet_clip").needs == ["negative captions", "pictures of negatives"]
     assert methods.method("one_to_k").needs == ["several captions a picture"]
-    assert methods.method("gist").needs == ["a guide (frozen teacher)"]
+    assert methods.method("gist").needs == ["a frozen teacher"]
     assert methods.method("cwcl").needs == ["a locked image tower"]
     assert methods.method("siglip").needs == ["a learned bias"]
 

@@ -37,7 +37,47 @@ def _has(config: Config, role: str) -> bool:
     return config.teacher.towers in ("both", "image" if role.endswith("image") else "text")
 
 
-def check_teacher(config: Config) -> list[str]:
+def cross_check(config: Config) -> list[str]:
+    """What single settings cannot show: combinations that cannot be right."""
+    problems = []
+    if not config.objective:
+        problems.append("objective: needs at least one term")
+    for name in config.objective:
+        needs = TERMS.entry(name).needs
+        if "negative_text" in needs and config.data.negatives == 0:
+            problems.append(f"objective.{name} needs data.negatives ≥ 1, got 0")
+        if "negative_image" in needs and config.data.negative_images < max(1, config.data.negatives):
+            problems.append(
+                f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
+                f"data.negatives), got {config.data.negative_images}"
+            )
+        if "view_image" in needs and config.data.views == 0:
+            problems.append(f"objective.{name} needs data.views ≥ 1, got 0")
+        if "local_logit" in needs and config.data.cache_image_features:
+            problems.append(f"objective.{name} needs patches; data.cache_image_features keeps none of them")
+        if "bias" in needs and config.model.bias is None:
+            problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
+    if config.data.cache_image_features and not config.model.lock_image:
+        problems.append("data.cache_image_features needs model.lock_image: true (features of a learning tower change)")
+    if config.data.cache_image_features and config.data.augment != "none":
+        problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
+    if config.data.cache_image_features and config.data.decode != "exact":
+        problems.append("data.cache_image_features needs data.decode: exact (each picture is decoded once)")
+    if config.adversary.eps and config.model.lock_image:
+        problems.append(
+            "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false"
+        )
+    problems += _check_supervision(config)
+    problems += _check_teacher(config) + _check_features(config)
+    problems += _check_captions(config.data) + _check_sources(config.data)
+    if config.samples < config.batch_size:
+        problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
+    if config.evaluate_every and not config.suite:
+        problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems
+
+
+def _check_teacher(config: Config) -> list[str]:
     """What is wrong with the teacher, and between it and the terms."""
     teacher, problems = config.teacher, []
     for term in config.objective:
@@ -65,7 +105,7 @@ def check_teacher(config: Config) -> list[str]:
     return problems
 
 
-def check_features(config: Config) -> list[str]:
+def _check_features(config: Config) -> list[str]:
     """What is wrong between stored features of texts and the tower that reads them, and with positives."""
     text, problems = config.model.text, []
     if bool(text.features) != bool(config.data.text_features):
@@ -86,7 +126,7 @@ def check_features(config: Config) -> list[str]:
     return problems
 
 
-def check_sources(data: DataConfig) -> list[str]:
+def _check_sources(data: DataConfig) -> list[str]:
     """What is wrong between several sources of data."""
     weighted = [name for name, source in data.sources.items() if source.weight is not None]
     problems = []
@@ -103,7 +143,7 @@ def check_sources(data: DataConfig) -> list[str]:
     return problems
 
 
-def check_supervision(config: Config) -> list[str]:
+def _check_supervision(config: Config) -> list[str]:
     """Tags, labels and further captions, where a term needs them."""
     data, words = config.data, config.model.heads.tags.vocabulary
     problems = []
@@ -124,7 +164,7 @@ def check_supervision(config: Config) -> list[str]:
     return problems
 
 
-def check_captions(data: DataConfig) -> list[str]:
+def _check_captions(data: DataConfig) -> list[str]:
     """What is wrong with the choice of captions and pictures of negatives."""
     problems = []
     if data.negative_images > data.negatives:

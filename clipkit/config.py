@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from clipkit.checks import check_captions, check_features, check_sources, check_supervision, check_teacher
+from clipkit.checks import cross_check
 from clipkit.errors import UserError, did_you_mean
 from clipkit.registry import TERMS
 
@@ -333,7 +333,7 @@ def validate(tree: dict[str, Any], origin: str = "config") -> Config:
     if isinstance(objective, dict):
         problems += _check_objective(objective)
     if config and not problems:
-        problems += _cross_check(config)
+        problems += cross_check(config)
     if problems:
         raise UserError(f"{origin}:\n" + "\n".join(f"  {p}" for p in problems))
     assert config is not None
@@ -476,44 +476,4 @@ def _check_objective(objective: dict[str, Any]) -> list[str]:
                 settings[key] = TypeAdapter(annotation).validate_python(value)
             except ValidationError as error:
                 problems += [f"{path}.{explain(e | {'loc': (key, *e['loc'])})}" for e in error.errors()]
-    return problems
-
-
-def _cross_check(config: Config) -> list[str]:
-    """What single settings cannot show: combinations that cannot be right."""
-    problems = []
-    if not config.objective:
-        problems.append("objective: needs at least one term")
-    for name in config.objective:
-        needs = TERMS.entry(name).needs
-        if "negative_text" in needs and config.data.negatives == 0:
-            problems.append(f"objective.{name} needs data.negatives ≥ 1, got 0")
-        if "negative_image" in needs and config.data.negative_images < max(1, config.data.negatives):
-            problems.append(
-                f"objective.{name} needs data.negative_images: {max(1, config.data.negatives)} (a picture for each of "
-                f"data.negatives), got {config.data.negative_images}"
-            )
-        if "view_image" in needs and config.data.views == 0:
-            problems.append(f"objective.{name} needs data.views ≥ 1, got 0")
-        if "local_logit" in needs and config.data.cache_image_features:
-            problems.append(f"objective.{name} needs patches; data.cache_image_features keeps none of them")
-        if "bias" in needs and config.model.bias is None:
-            problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
-    if config.data.cache_image_features and not config.model.lock_image:
-        problems.append("data.cache_image_features needs model.lock_image: true (features of a learning tower change)")
-    if config.data.cache_image_features and config.data.augment != "none":
-        problems.append("data.cache_image_features needs data.augment: none (each picture is encoded once)")
-    if config.data.cache_image_features and config.data.decode != "exact":
-        problems.append("data.cache_image_features needs data.decode: exact (each picture is decoded once)")
-    if config.adversary.eps and config.model.lock_image:
-        problems.append(
-            "adversary.eps: a locked image tower learns nothing from moved pictures; model.lock_image: false"
-        )
-    problems += check_supervision(config)
-    problems += check_teacher(config) + check_features(config)
-    problems += check_captions(config.data) + check_sources(config.data)
-    if config.samples < config.batch_size:
-        problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
-    if config.evaluate_every and not config.suite:
-        problems.append("evaluate_every needs suite: which benchmarks to run")
     return problems

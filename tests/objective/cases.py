@@ -94,14 +94,13 @@ def named(case: str) -> str:
 
 
 def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
-    """A term with these settings, made for this one call.
+    """A term with these settings, made for this one call; one that needs further captions finds some.
 
-    For one that needs further captions, negative pictures are what is ragged and stands in their place.
+    For `spurious` they are the negative pictures, which are ragged.
     """
-    if "positive_text" in TERMS.entry(name).needs and z.positive_text is None:
+    if name == "spurious" and z.positive_text is None:
         z = replace(z, positive_text=z.negative_image, positive_valid=z.valid)
-    """A term with these settings, made for this one call; one that needs further captions finds some."""
-    if "positive_text" in TERMS.entry(name).needs:
+    elif "positive_text" in TERMS.entry(name).needs:
         z = with_paraphrases(z)
     return build(name, settings)(z)
 
@@ -176,8 +175,8 @@ def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
 
 def leaves(z: Embeddings, *, teacher: bool = False) -> list[Tensor]:
     """Make every table (and scale and bias) a leaf with gradient; returns them. With `teacher`, the teacher's too."""
-    tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image, z.tag_logits]
-    tables += [z.view_image, z.local_logit, z.negative_local_logit]
+    tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image]
+    tables += [z.view_image, z.local_logit, z.negative_local_logit, z.tag_logits]
     if teacher and z.teacher:
         tables += [z.teacher.image, z.teacher.text, z.teacher.negative_text]
     return [x.requires_grad_() for x in tables if isinstance(x, Tensor)]

@@ -144,7 +144,7 @@ def _check_sources(data: DataConfig) -> list[str]:
 
 
 def _check_supervision(config: Config) -> list[str]:
-    """Tags, labels and further captions, where a term needs them."""
+    """Tags and labels, where a term needs them."""
     data, words = config.data, config.model.heads.tags.vocabulary
     problems = []
     if words and data.tags and words != data.tags:
@@ -159,8 +159,6 @@ def _check_supervision(config: Config) -> list[str]:
         by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
         if ("label" in needs or by_label) and not data.labels:
             problems.append(f"objective.{name} needs data.labels: true, got false")
-        if "positive_text" in needs and not data.positives:
-            problems.append(f"objective.{name} needs data.positives ≥ 1, got 0")
     return problems
 
 

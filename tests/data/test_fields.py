@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,16 @@ def batches() -> Callable[..., list[Batch]]:
     return load
 
 
-def words(tokens: torch.Tensor) -> str:
-    """Token ids back into text."""
+@cache
+def speller() -> Any:
     import open_clip
 
-    return open_clip.SimpleTokenizer().decode([t for t in tokens.tolist() if t not in (0, 49406, 49407)]).strip()
+    return open_clip.SimpleTokenizer()
+
+
+def words(tokens: torch.Tensor) -> str:
+    """Token ids back into text."""
+    return speller().decode([t for t in tokens.tolist() if t not in (0, 49406, 49407)]).strip()
 
 
 def test_captions_are_chosen_by_the_chance_of_their_kind(rich: Index, batches: Callable[..., list[Batch]]) -> None:

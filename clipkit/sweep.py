@@ -75,7 +75,10 @@ def run(
 
 
 def on(method: Config, base: Config, folder: Path, seed: int) -> Config:
-    """The method under the base's conditions, run in `folder`. Where both have negatives, as many as the base's."""
+    """The method under the base's conditions, run in `folder`.
+
+    Where both have negatives: as many as the base's, and of its kinds unless the method has kinds of its own.
+    """
     tree = method.model_dump(mode="json")
     common = base.model_dump(mode="json")
     for section, names in CONDITIONS.items():
@@ -86,7 +89,7 @@ def on(method: Config, base: Config, folder: Path, seed: int) -> Config:
         data["negatives"] = base.data.negatives
         if data["negative_images"]:  # of any kind: only some have pictures
             data["negative_images"] = base.data.negatives
-        else:
+        elif not data["negative_kinds"]:
             data["negative_kinds"] = common["data"]["negative_kinds"]
     tree |= {"name": method.name, "out": str(folder), "seed": seed}
     return configuration.validate(tree, origin=f"{method.name} under the conditions of {base.name}")

@@ -98,10 +98,9 @@ def run(name: str, z: Embeddings, **settings: Any) -> Tensor:
 
     For `spurious` they are the negative pictures, which are ragged.
     """
-    if name == "spurious" and z.positive_text is None:
-        z = replace(z, positive_text=z.negative_image, positive_valid=z.valid)
-    elif "positive_text" in TERMS.entry(name).needs:
-        z = with_paraphrases(z)
+    if "positive_text" in TERMS.entry(name).needs and z.positive_text is None:
+        made = {"positive_text": z.negative_image, "positive_valid": z.valid}
+        z = replace(z, **made) if name == "spurious" else with_paraphrases(z)
     return build(name, settings)(z)
 
 

@@ -52,8 +52,13 @@ def run(
     common = configuration.load(base, tuple(settings))
     if not common.suite:
         raise UserError(f"{base}: suite: name the benchmarks that the methods are compared on")
-    configs = {method: configuration.load(method) for method in methods}
-    found: dict[str, Any] = {method: {"runs": []} for method in methods}
+    if not seeds:
+        raise UserError("a sweep needs at least one seed")
+    configs = {Path(method).stem: configuration.load(method) for method in methods}
+    if len(configs) < len(methods):
+        raise UserError(f"methods are told apart by their files' names; two of these are alike: {', '.join(methods)}")
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {method: {"runs": []} for method in configs}
     began, done, total = time.perf_counter(), 0, len(methods) * len(seeds)
     for seed in seeds:
         for method, config in configs.items():

@@ -69,8 +69,11 @@ def test_nothing_is_done_twice(base: dict[str, Any], tmp_path: Path):
 
 
 def test_one_that_cannot_be_run_says_why_and_the_others_go_on(base: dict[str, Any], tmp_path: Path):
+    own = tmp_path / "own.yaml"  # a file of one's own, which fails too
+    own.write_text("base: clip\nname: mine\n")
     base["data"] |= {"cache_image_features": True, "augment": "none"}
     base["model"] |= {"lock_image": True}  # the method's own business: clip does not lock it
+    assert swept(base, tmp_path, str(own))["methods"].keys() == {"own"}  # none can be run: still a table
     tree = swept(base, tmp_path, "clip", "lit")
     assert tree["methods"]["clip"]["runs"] == [] and len(tree["methods"]["lit"]["runs"]) == 1
     row = next(line for line in sweep.markdown(tree).splitlines() if line.startswith("| `clip`"))
@@ -80,6 +83,10 @@ def test_one_that_cannot_be_run_says_why_and_the_others_go_on(base: dict[str, An
 def test_conditions_without_benchmarks_and_strange_files(base: dict[str, Any], tmp_path: Path):
     with pytest.raises(UserError, match="suite: name the benchmarks"):
         swept(base | {"suite": ""}, tmp_path, "clip")
+    with pytest.raises(UserError, match="at least one seed"):
+        swept(base, tmp_path, "clip", seeds=())
+    with pytest.raises(UserError, match="two of these are alike: clip, clip"):
+        swept(base, tmp_path, "clip", "clip")
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not the sweep.json"):
         sweep.read(tmp_path / "x.json")

@@ -1,6 +1,6 @@
 """Several ranks inside one test: `run_ranks(fn, world)`.
 
-Ranks are forked from a server process that has only imported torch, never from the test process: forking that one
+Ranks are forked from a server process that has only imported things, never from the test process: forking that one
 after it has run a backward pass, started a thread or touched a GPU ends in a deadlock or an error.
 """
 
@@ -31,7 +31,7 @@ def run_ranks(fn: Callable[[int, int], Any], world: int, *, timeout_s: float = 3
     exception of a rank is raised here, and the other ranks are ended. TimeoutError after `timeout_s`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "clipkit.training.loop"])
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         ranks = [
@@ -85,8 +85,9 @@ def _rank(fn: Callable[[int, int], Any], rank: int, world: int, init: Path, time
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world, timeout=timeout)
         result = fn(rank, world)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a whole training has left the group
+            dist.barrier()
+            dist.destroy_process_group()
         message = pickle.dumps((result, None, ""))
     except BaseException as error:
         message = pickle.dumps((None, _picklable(error), traceback.format_exc()))

@@ -1,25 +1,19 @@
-"""Trainings with something planted in them: `plant` for those in one process, the module itself for torchrun.
-
-python -m tests.training.planted CONFIG '{"steps": [3], "how": "loss", "rank": 1}' [--resume]
-"""
+"""Trainings with something planted in them: `plant` for those in one process, `train_planted` for ranks."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from clipkit import cli
-from clipkit import config as configuration
 from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.data.mixture import open_data
 from clipkit.model.embeddings import Embeddings
 from clipkit.training.engine import Engine
+from clipkit.training.loop import train
 
 EMBED = Engine.embed
 
@@ -42,9 +36,8 @@ def plant(config: Config, steps: Collection[int], how: str, rank: int = 0) -> Ca
     return embed
 
 
-if __name__ == "__main__":
-    file, planted, *flags = sys.argv[1:]
-    kind: dict[str, Any] = json.loads(planted)
-    Engine.embed = plant(configuration.load(file), **kind)
-    sys.argv = ["clipkit", "train", file, *flags]
-    cli.main()
+def train_planted(tree: dict[str, Any], planted: dict[str, Any], rank: int, world: int) -> None:
+    """On one of several ranks: the run that `tree` says, with that planted in it."""
+    config = Config.model_validate(tree)
+    Engine.embed = plant(config, **planted)
+    train(config)

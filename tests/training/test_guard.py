@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import clipkit
@@ -29,8 +27,8 @@ from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
 from clipkit.training.loop import train
 from tests.ranks import run_ranks
-from tests.training.planted import plant
-from tests.training.test_topology import finish, launch, losses
+from tests.training.planted import plant, train_planted
+from tests.training.runs import finish, launch, losses
 
 PARTS = ("model", "teacher", "optimizer", "terms")
 
@@ -153,17 +151,13 @@ def test_planted_at_one_rank_all_skip_and_go_back(
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "embed", plant(alone, steps, how))
         peace = train(alone)
-    file = tmp_path / "two.yaml"
-    file.write_text(yaml.safe_dump(tree | {"name": "two"}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["tests.training.planted", str(file), json.dumps({"steps": steps, "how": how, "rank": 1})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    planted = {"steps": steps, "how": how, "rank": 1}
+    run_ranks(partial(train_planted, tree | {"name": "two"}, planted), 2, timeout_s=120)
     two = tmp_path / "runs/two"
     assert [line["step"] for line in rows(two)] == list(range(1, 13))
     for one, other in zip(rows(peace), rows(two)):
-        assert other.get("loss") == pytest.approx(one.get("loss"), abs=3e-5), one["step"]
+        # The loss of a skipped step is absent; per-sample state adds rounding to the others.
+        assert other.get("loss") == pytest.approx(one.get("loss"), abs=1e-4), one["step"]
         assert other.get("skipped_steps") == one.get("skipped_steps")
     # Which terms are not finite depends on how many of the pairs were spoiled: all of them here, half of them there.
     said = [[(event["step"], event.get("keys")) for event in rows(folder, "skipped")] for folder in (two, peace)]

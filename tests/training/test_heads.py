@@ -20,7 +20,7 @@ from clipkit.model.dual_encoder import build
 from clipkit.objective import Objective
 from clipkit.training.loop import train
 from tests.training.conftest import degla_tree
-from tests.training.test_topology import finish, launch, losses, weights
+from tests.training.runs import finish, launch, losses, train_ranks, weights
 
 METHODS = ("hq_clip", "catlip", "spurious", "supcon")
 
@@ -97,7 +97,7 @@ def test_two_ranks_equal_one(method: str, tiny_shards: str, tiny_tags: str, tmp_
         ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 2}),
     ):
         several = tree | {"name": name, "engine": engine | {"timeout_s": 60}}
-        finish(launch(several, tmp_path / f"{name}.yaml", ranks=2))
+        train_ranks(several, tmp_path / f"{name}.yaml")
         folder = tmp_path / "runs" / name
         assert losses(folder) == pytest.approx(losses(alone), abs=1e-5), name
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

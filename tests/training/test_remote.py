@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.server import serving
 from tests.training.conftest import degla_tree
-from tests.training.test_topology import finish, launch, losses, samples
+from tests.training.runs import finish, launch, losses, samples
 
 
 def test_two_ranks_read_over_http_what_one_reads_from_disk(tiny_shards: str, tmp_path: Path, monkeypatch) -> None:

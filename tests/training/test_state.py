@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from clipkit.config import Config
 from clipkit.errors import UserError
 from clipkit.training.loop import train
-from tests.training.test_topology import finish, launch
+from tests.training.runs import finish, launch
 
 
 def losses(folder: Path) -> list[float]:

@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 
 from clipkit import config as configuration
 from clipkit.data.build import write_shards
 from clipkit.data.mixture import open_data
 from tests.training.conftest import degla_tree, tiny_samples
+from tests.training.runs import finish, kill, launch, losses, pulls, samples, train_ranks, weights
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
-
-
-def launch(tree: dict, path: Path, ranks: int = 1, *, resume: bool = False) -> subprocess.Popen[str]:
-    """`clipkit train` as a user starts it: alone, or by torchrun."""
-    path.write_text(yaml.safe_dump(tree))
-    python = [sys.executable, "-m"]
-    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command = [*(torchrun if ranks > 1 else python), "clipkit", "train", str(path), *(["--resume"] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for it and all its children: torchrun's workers live in sessions of their own."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.communicate()
-
-
-def samples(folder: Path) -> str:
-    return (folder / "samples.jsonl").read_text()
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
-
-
-def pulls(folder: Path) -> list[float]:
-    """Of every step and term, its share of the gradient."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [[row[f"pull/{term}"] for term in ("infonce", "igc", "tgc", "distill")] for row in rows]
-    assert all(sum(shares) == pytest.approx(1.0) for shares in found)
-    return [share for shares in found for share in shares]
-
-
-def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +40,7 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 4}),
     ):
         tree = tiny_tree | {"name": name, "engine": engine | {"timeout_s": 60}}
-        finish(launch(tree, tmp_path / f"{name}.yaml", ranks=2))
+        train_ranks(tree, tmp_path / f"{name}.yaml")
         folder = tmp_path / "runs" / name
         assert losses(folder) == pytest.approx(reference, abs=1e-5), name
         assert pulls(folder) == pytest.approx(pulls(alone), abs=1e-4), name
@@ -124,7 +73,7 @@ def test_resume_on_another_topology(alone: Path, tiny_tree: dict, tmp_path: Path
     """Begun with ZeRO-1 on two ranks, finished alone: the checkpoint holds everything in full."""
     tree = tiny_tree | {"name": "moved", "samples": 320, "save_every": 160, "keep": 9}
     sharded = tree | {"engine": {"kind": "deepspeed", "timeout_s": 60}}
-    finish(launch(sharded, tmp_path / "moved.yaml", ranks=2))
+    train_ranks(sharded, tmp_path / "moved.yaml")
     folder = tmp_path / "runs" / "moved"
     last = sorted((folder / "checkpoints").glob("step_*"))[-1]
     for part in last.iterdir():

@@ -1,0 +1,77 @@
+"""Real runs inside tests: started as a user starts them, or as ranks forked from a process that has all imported."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.ranks import run_ranks
+
+
+def launch(tree: dict, path: Path, ranks: int = 1, *, resume: bool = False) -> subprocess.Popen[str]:
+    """`clipkit train` as a user starts it: alone, or by torchrun."""
+    path.write_text(yaml.safe_dump(tree))
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    command = [*(torchrun if ranks > 1 else python), "clipkit", "train", str(path), *(["--resume"] if resume else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def train_ranks(tree: dict, path: Path, ranks: int = 2, *, resume: bool = False) -> None:
+    """The same run as `launch` starts, to its end, without torchrun and its imports: seconds less."""
+    path.write_text(yaml.safe_dump(tree))
+    run_ranks(partial(_train, str(path), resume), ranks, timeout_s=120)
+
+
+def _train(path: str, resume: bool, rank: int, world: int) -> None:
+    from clipkit import config as configuration
+    from clipkit.training.loop import train
+
+    train(configuration.load(path), resume=resume)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for it and all its children: torchrun's workers live in sessions of their own."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
+
+
+def samples(folder: Path) -> str:
+    return (folder / "samples.jsonl").read_text()
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+def pulls(folder: Path) -> list[float]:
+    """Of every step and term, its share of the gradient."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [[row[f"pull/{term}"] for term in ("infonce", "igc", "tgc", "distill")] for row in rows]
+    assert all(sum(shares) == pytest.approx(1.0) for shares in found)
+    return [share for shares in found for share in shares]
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")

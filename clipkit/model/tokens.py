@@ -112,7 +112,7 @@ def _places(pool: AttentionPool2d, below: Float[Tensor, "n c h w"]) -> Float[Ten
     kept: list[Any] = []
     handle = pool.proj.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     try:
-        pool(below)
+        AttentionPool2d.forward(pool, below)  # clipkit's own computes the one place only
     finally:
         handle.remove()
     return kept[0]

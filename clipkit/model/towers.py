@@ -178,10 +178,34 @@ def _pool(pool: str, name: str, shape: torch.Size) -> nn.Module:
         )
     channels = shape[1]
     width = next(width for width in (HEAD_WIDTH, 8, 4, 2, 1) if channels % width == 0)
-    attention = AttentionPool2d(channels, feat_size=(shape[2], shape[3]), head_dim=width)
-    # torch's fused kernel is slow on CPUs in bf16 (perf/attention.py) and on maps this small wins nothing elsewhere.
-    attention.fused_attn = False
-    return attention
+    return AttentionPool(channels, feat_size=(shape[2], shape[3]), head_dim=width)
+
+
+class AttentionPool(AttentionPool2d):
+    """timm's (the weights are its own), asked for the one vector that comes out of it: map [n f h w] → [n f].
+
+    timm lets every place of the map look at every other and keeps what the mean has seen. One query needs neither keys
+    nor values of the places: its own way through the keys' weights weighs them, and the values' weights wait for the
+    weighted sum. The keys' bias adds the same to all scores. A tenth less CPU time for the demo (docs/log.md).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Where all places are asked for (clipkit.model.tokens) timm's own way serves; on maps this small torch's fused
+        # kernel wins nothing, and in bf16 it is slow on CPUs (perf/attention.py).
+        self.fused_attn = False
+
+    def forward(self, x: Float[Tensor, "n f h w"], pre_logits: bool = False) -> Float[Tensor, "n f"]:
+        places = x.flatten(2).mT
+        places = torch.cat([places.mean(1, keepdim=True), places], 1) + self.pos_embed  # n p f
+        together: Any = self.qkv
+        query, key, value = together.weight.unflatten(0, (3, self.num_heads, self.head_dim))  # heads e f
+        query_bias, _, value_bias = together.bias.unflatten(0, (3, self.num_heads, self.head_dim))
+        asked = torch.einsum("nf,aef->nae", places[:, 0], query) + query_bias
+        asked = torch.einsum("nae,aef->naf", asked * self.scale, key)
+        shares = (asked @ places.mT).softmax(-1)  # n heads p
+        seen = torch.einsum("naf,aef->nae", shares @ places, value) + value_bias
+        return seen.flatten(1) if pre_logits else self.proj(seen.flatten(1))
 
 
 def load_timm_weights(tower: TimmTower, config: ImageTower) -> None:

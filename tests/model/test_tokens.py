@@ -50,7 +50,9 @@ def test_features_stay_and_every_patch_is_there(kind: str):
     check_tokens(model.image_tower, model.text_tower)
     with torch.no_grad():
         below, features = with_patches(model.image_tower, pixels), model.image_tower(pixels)
-    assert below.shape == (2, 1 + patches, features.shape[1]) and torch.equal(below[:, 0], features)
+    assert below.shape == (2, 1 + patches, features.shape[1])
+    # Attention pooling computes what it gives in another order than what it would give at every place.
+    torch.testing.assert_close(below[:, 0], features, rtol=0, atol=1e-5 if "attention" in kind else 0)
     if "avg" in kind or kind in ("conv", "timm map", "timm map, root"):  # linear behind the pooling, or nothing
         torch.testing.assert_close(below[:, 1:].mean(1), features, rtol=0, atol=1e-5)
 

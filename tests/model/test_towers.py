@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers.attention_pool2d import AttentionPool2d
 from torch import nn
 
 from clipkit.config import ImageTower, ModelConfig
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.spec import custom_spec
-from clipkit.model.towers import TimmTower, build_towers, keep_mask, load_timm_weights, trims_exactly
+from clipkit.model.towers import AttentionPool, TimmTower, build_towers, keep_mask, load_timm_weights, trims_exactly
 from tests.model.tiny import CAPTIONS, CONTEXT, RESNET, TEXT, VISION, batch_of, tiny, tiny_resnet
 
 
@@ -50,6 +51,24 @@ def test_open_clip_tower_projects_itself_and_timm_tower_has_a_head():
 def test_timm_towers_work_at_small_sizes(name: str, cfg: dict, size: int, pool: str):
     tower = TimmTower(name, cfg, pool=pool, size=size).eval()
     assert tower(torch.rand(2, 3, size, size)).shape == (2, tower.features)
+
+
+def test_attention_pool_is_timms():
+    """In value, and in the gradient of map and weights; but the keys' bias, which adds the same to every score."""
+    pool = TimmTower("resnet18", RESNET, pool="attention", size=96).pool.double()
+    assert isinstance(pool, AttentionPool)
+    torch.manual_seed(0)
+    for parameter in pool.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    below = torch.randn(5, pool.in_features, *pool.feat_size, dtype=torch.float64, requires_grad=True)
+    wanted = [below, *pool.parameters()]
+    exact, fast = AttentionPool2d.forward(pool, below), pool(below)
+    torch.testing.assert_close(fast, exact, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(exact)
+    grads = (torch.autograd.grad(pooled, wanted, upstream) for pooled in (fast, exact))
+    for got, expected in zip(*grads):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(pool(below, pre_logits=True), AttentionPool2d.forward(pool, below, pre_logits=True))
 
 
 def test_attention_pool_sees_where_things_are():

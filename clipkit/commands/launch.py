@@ -43,8 +43,8 @@ def launch(
 ) -> None:
     """Start a training on many processes.
 
-    On this machine, several, SLURM or Kubernetes; the config is checked first. Settings are those of clipkit train. With
-    --dry-run the command line or the manifest is printed, to be read, edited and used by hand.
+    On this machine, several, SLURM or Kubernetes; the config is checked first. Settings are those of clipkit train.
+    With --dry-run the command line or the manifest is printed, to be read, edited and used by hand.
 
     \b
     clipkit launch degla                                            every GPU here

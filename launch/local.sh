@@ -28,5 +28,5 @@ esac
 if [ $# -eq 0 ]; then usage >&2; exit 2; fi
 prepare "$processes"
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+exec "$PYTHON" -m clipkit.agent --standalone --nproc-per-node "$processes" \
   --max-restarts "${RESTARTS:-0}" -m clipkit train "$@"

@@ -10,7 +10,7 @@ usage() {
   cat <<'TEXT'
 usage: sbatch [SBATCH OPTIONS] launch/slurm.sh CONFIG [key=value ...]
 
-Submit from the repository. SLURM starts the ranks, one a task, so ask for as many tasks a node as it has GPUs:
+Submit from the repository, or with `clipkit launch --on slurm`. SLURM starts the ranks, one a task, so ask for as many tasks a node as it has GPUs:
 
   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 launch/slurm.sh degla save_every=200_000
   sbatch --array=0-2 --gpus-per-node=1 launch/slurm.sh degla seed={array} out='runs/{name}_{seed}'
@@ -21,6 +21,7 @@ node was lost SLURM itself queues it again, and it goes on from its newest check
 
 Environment
   MASTER_ADDR, MASTER_PORT   where the ranks meet      (default: the job's first node, a port made from the job's number)
+  CLIPKIT_LAUNCH             folder of this script        (default: launch/ where the job was submitted)
   PYTHON, OMP_NUM_THREADS    (default: the cores of a task)
 TEXT
 }
@@ -29,7 +30,7 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 if [ $# -eq 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then usage >&2; exit 2; fi
 # SLURM runs a copy of this script from a folder of its own.
 # shellcheck source=launch/common.sh
-source "${SLURM_SUBMIT_DIR:?}/launch/common.sh"
+source "${CLIPKIT_LAUNCH:-${SLURM_SUBMIT_DIR:?}/launch}/common.sh"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 prepare 1

@@ -18,6 +18,8 @@ Environment
   MASTER_PORT   a free port there                                                           (default 29400)
   JOB_ID        the same on every node, different for every job that shares MASTER_ADDR     (default clipkit)
   NPROC         ranks on this node                                                          (default one a GPU)
+  NODE_RANK     0 on MASTER_ADDR, another number elsewhere; only where a node does not know the name it is called by
+  JOIN_S        seconds to wait for MASTER_ADDR and for enough nodes                        (default 600)
   RESTARTS      rounds after the first                                                      (default 3)
   PYTHON, OMP_NUM_THREADS
 TEXT
@@ -31,8 +33,11 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 if [ $# -eq 0 ]; then usage >&2; exit 2; fi
 processes=${NPROC:-$(accelerators)}
 prepare "$processes"
+meeting="join_timeout=${JOIN_S:-600},read_timeout=${JOIN_S:-600}"
+if [ -n "${NODE_RANK:-}" ]; then meeting+=",is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)"; fi
 
-exec "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" -m clipkit.agent \
   --nnodes "${NNODES:-1}" --nproc-per-node "$processes" \
   --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" --rdzv-id "${JOB_ID:-clipkit}" \
+  --rdzv-conf "$meeting" \
   --max-restarts "${RESTARTS:-3}" -m clipkit train "$@"

@@ -64,8 +64,7 @@ def test_they_explain_themselves(script: str) -> None:
 def test_local_starts_that_many_processes(interpreter: Path) -> None:
     arguments, variables = asked("local.sh", "-n", "2", "degla", "seed=1", "--resume", PYTHON=str(interpreter))
     assert arguments == (
-        "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 "
-        "-m clipkit train degla seed=1 --resume"
+        "-m clipkit.agent --standalone --nproc-per-node 2 --max-restarts 0 -m clipkit train degla seed=1 --resume"
     )
     cores = os.cpu_count() or 1
     assert f"OMP={max(cores // 2, 1)} STORE=1 PATH={interpreter.parent}:" in variables
@@ -81,9 +80,37 @@ def test_torchrun_meets_at_the_master(interpreter: Path) -> None:
         "torchrun.sh", "degla", "a=b", PYTHON=str(interpreter), NNODES="2:4", MASTER_ADDR="node1", NPROC="8", JOB_ID="7"
     )
     assert arguments == (
-        "-m torch.distributed.run --nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 "
-        "--rdzv-id 7 --max-restarts 3 -m clipkit train degla a=b"
+        "-m clipkit.agent --nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 "
+        "--rdzv-id 7 --rdzv-conf join_timeout=600,read_timeout=600 --max-restarts 3 -m clipkit train degla a=b"
     )
+
+
+@pytest.mark.parametrize(("number", "host"), [("0", "true"), ("3", "false")])
+def test_a_numbered_node_knows_whether_all_meet_there(interpreter: Path, number: str, host: str) -> None:
+    arguments, _ = asked("torchrun.sh", "degla", PYTHON=str(interpreter), NODE_RANK=number, JOIN_S="9")
+    assert f"--rdzv-conf join_timeout=9,read_timeout=9,is_host={host} " in arguments
+
+
+def test_slurm_finds_what_it_shares_where_it_is_told(interpreter: Path, tmp_path: Path) -> None:
+    for name, does in {
+        "srun": 'shift; exec env SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 "$@"',
+        "scontrol": "echo n1",
+    }.items():
+        (interpreter.parent / name).write_text(f"#!/bin/sh\n{does}\n")
+        (interpreter.parent / name).chmod(0o755)
+    interpreter.write_text('#!/bin/sh\necho "$@"\necho $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR:$MASTER_PORT\n')
+    arguments, variables = asked(
+        *("slurm.sh", "degla", "seed={array}", "a=b c"),
+        PATH=f"{interpreter.parent}:{os.environ['PATH']}",
+        PYTHON=str(interpreter),
+        CLIPKIT_LAUNCH=str(LAUNCH),
+        SLURM_JOB_ID="17",
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_ARRAY_TASK_ID="2",
+    )
+    assert arguments == "-m clipkit train degla seed=2 a=b c --resume"
+    assert variables == "3 4 1 n1:20017"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""The torchrun of the launchers, with ranks that do nothing but end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clipkit
+from clipkit import agent
+
+ENDS = """
+import os, pathlib, signal, sys, time
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[2])
+(folder / f"begun_{rank}").touch()
+if rank == "1" and sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == "1" and sys.argv[1].isdigit():
+    sys.exit(int(sys.argv[1]))
+time.sleep(0 if sys.argv[1] == "well" else 60)
+"""
+
+
+def words(folder: Path, how: str) -> list[str]:
+    (folder / "ends.py").write_text(ENDS)
+    return ["--standalone", "--nproc-per-node=2", str(folder / "ends.py"), how, str(folder)]
+
+
+@pytest.fixture
+def unchanged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torchrun takes the signals of its process, and counts on OMP_NUM_THREADS."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    taken = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    before = [signal.getsignal(number) for number in taken]
+    yield
+    for number, handler in zip(taken, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(("how", "status"), [("75", 75), ("2", 2), ("killed", 137)])
+def test_a_rank_that_fails_gives_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, status: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["agent", *words(tmp_path, how)])
+    with pytest.raises(SystemExit) as ended:
+        agent.main()
+    assert ended.value.code == status
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_ranks_that_end_well_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["agent", *words(tmp_path, "well")])
+    agent.main()
+
+
+def test_an_agent_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clipkit.agent", *words(tmp_path, "wait")]
+    environment = os.environ | {"PYTHONPATH": str(Path(clipkit.__file__).parent.parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    limit = time.monotonic() + 60
+    while not (tmp_path / "begun_1").exists() or not (tmp_path / "begun_0").exists():
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in said

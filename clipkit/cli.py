@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, runs
+from clipkit.commands import data, evaluation, planning, runs
 from clipkit.errors import Stopped, UserError
 
 
@@ -45,6 +45,7 @@ app = _group(
     "Train and judge CLIP-style dual encoders.",
     {
         "train": runs.train,
+        "plan": planning.plan,
         "eval": evaluation.evaluate,
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,

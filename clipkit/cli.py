@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, runs
+from clipkit.commands import data, evaluation, launch, planning, runs
 from clipkit.errors import Stopped, UserError
 
 
@@ -46,6 +46,7 @@ app = _group(
     {
         "train": runs.train,
         "launch": launch.launch,
+        "plan": planning.plan,
         "eval": evaluation.evaluate,
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,

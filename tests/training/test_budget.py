@@ -1,0 +1,166 @@
+"""What `clipkit plan` says, against what really is."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipkit import config as configuration
+from clipkit.data.batch import Batch
+from clipkit.model import dual_encoder
+from clipkit.model.dual_encoder import build
+from clipkit.model.teacher import Teacher
+from clipkit.training import budget as budget_module
+from clipkit.training.budget import Budget, pairs_indexed
+from clipkit.training.cost import measure, spec_of
+from clipkit.training.optim import build_optimizer
+from tests.training.conftest import degla_tree
+from tests.typed import well, wrong
+
+KNOWN: dict[str, Any] = {}
+VIT = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every description is measured once in all tests, where a budget asks for it."""
+
+    def known(spec: Any, precision: str = "fp32", locks: Any = (False, False)) -> Any:
+        key = json.dumps([spec, precision, locks])
+        if key not in KNOWN:
+            KNOWN[key] = measure(spec, precision, locks=locks)
+        return KNOWN[key]
+
+    monkeypatch.setattr(budget_module, "measure", known)
+
+
+def config_of(**settings: Any) -> configuration.Config:
+    tree = degla_tree("nowhere/x.tar", Path("nowhere"))
+    tree["model"]["image"] = {"cfg": VIT, "size": 32}
+    return configuration.validate(configuration._merge(tree, settings))
+
+
+def kept_by(model: Any, rows: int, precision: str) -> int:
+    """Bytes that a real forward keeps: distinct memories, the model's own left out."""
+    context = model.tokenizer.context_length
+    pixels = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(1, 100, (rows, context))
+    own = {x.data_ptr() for x in model.parameters()}
+    kept = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory
+        return x
+
+    ids = torch.arange(rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            z = model(Batch(image=pixels, text=tokens, id=ids, group=ids))
+    assert z.image.requires_grad
+    return sum(memory.nbytes() for memory in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_of_a_real_step(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual_encoder, "_attention", lambda device: nullcontext())  # fused, as on GPUs
+    config = config_of(model={"text": {"width": 64}})
+    cost = measure(spec_of(config.model)[0], precision, device="cpu")
+    real = kept_by(build(config.model), 16, precision)
+    said = sum(16 * one.saved + one.casts for one in cost.values())
+    assert said == pytest.approx(real, rel=0.1)
+
+
+def test_a_gpus_attention_keeps_what_the_fused_one_keeps_here() -> None:
+    spec = spec_of(config_of().model)[0]
+    here = measure(spec, "fp32", device="cpu")
+    there = measure(spec, "fp32", device="cuda") if torch.backends.cuda.is_built() else here
+    for name in here:
+        assert there[name].saved == pytest.approx(here[name].saved, rel=0.02)
+
+
+def test_flops_are_those_counted_by_hand() -> None:
+    """Of a ViT of 2 layers, width 64, 16 patches and a class token: two FLOPs a multiply-add."""
+    cost = measure(spec_of(config_of().model)[0])["image"]
+    tokens, width = 17, 64
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width  # projections and MLP; scores and their use
+    forward = 2 * (16 * 3 * 8 * 8 * width + 2 * block + width * 16)
+    assert cost.forward == pytest.approx(forward, rel=0.05)
+    assert cost.backward == pytest.approx(2 * forward, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"lock_image": True, "heads": {"image": True}}, {"lock_text": True, "bias": -10.0}]
+)
+def test_parameters_moments_and_teacher_are_exact(model: dict[str, Any]) -> None:
+    config = config_of(model=model)
+    budget, real = Budget(config, 1), build(config.model)
+    learning = [p for p in real.parameters() if p.requires_grad]
+    assert budget.learning == sum(p.numel() for p in learning)
+    assert sum(line.locked for line in budget.weights) == sum(
+        p.numel() for p in real.parameters() if not p.requires_grad
+    )
+    state = Teacher.of(real, config).state()
+    names = {name for name, _ in real.named_parameters()}
+    assert budget.teacher_weights == sum(x.numel() for name, x in state.items() if name in names)
+    optimizer = build_optimizer(real, config.optim)
+    for p in learning:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert budget.memory()["optimizer moments"] == moments
+
+
+def test_engines_divide_what_they_divide() -> None:
+    alone = Budget(config_of(), 4).memory()
+    one, two = (Budget(config_of(engine={"kind": "deepspeed", "zero_stage": stage}), 4).memory() for stage in (1, 2))
+    assert one["optimizer moments"] == two["optimizer moments"] == -(-alone["optimizer moments"] // 4)
+    assert one["gradients"] == alone["gradients"] and two["gradients"] == -(-alone["gradients"] // 4)
+    assert alone["gradients on their way"] == alone["gradients"]
+
+
+def test_roles_accumulation_and_teacher_are_counted() -> None:
+    plain = {role: (n, there, back) for role, n, there, back in Budget(config_of(), 1).flops}
+    assert plain["negative_text"][0] == 2 and plain["negative_text"][1] == 2 * plain["text"][1]
+    assert plain["teacher: text"][1:] == (plain["text"][1], 0.0)
+    parts = Budget(config_of(engine={"accumulate": 2}), 1)
+    again = {role: there for role, _, there, _ in parts.flops}["again, in parts"]
+    assert again == sum(plain[role][1] for role in ("image", "text", "negative_text"))
+    whole = Budget(config_of(), 1).memory()["activations: text"]
+    assert parts.memory()["activations: text"] == whole // 2
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    budget = Budget(config_of(), 2)
+    memory = 2 * sum(budget.memory().values())
+    rows = budget.largest(memory)
+    assert sum(budget.memory(rows).values()) <= memory < sum(budget.memory(rows + 1).values())
+    assert budget.largest(1.0) == 0
+
+
+def test_bytes_of_terms_grow_as_they_do() -> None:
+    budget = Budget(config_of(), 1)
+    assert budget._objective(160)["logits of the terms"] == pytest.approx(budget.objective_bytes(160), rel=0.02)
+
+
+def test_the_command(tiny_shards: str, tmp_path: Path) -> None:
+    words = ("plan", "debug", "--gpus", "4", "--memory", "1", "--tflops", "10")
+    said = well(*words, "data.train=[nowhere/x.tar]", "--json", tmp_path / "plan.json")
+    assert "not known: the shards are not here" in said and "upper bound" in said
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["steps"] == 20 and found["epochs"] is None and found["fits"]
+    assert found["time_s"] == pytest.approx(found["flops_a_sample"] * 640 / (4 * 10e12 * 0.3))
+    assert "cannot be split evenly over 5 GPUs" in wrong("plan", "debug", "--gpus", "5")
+
+
+def test_epochs_are_known_where_shards_are_indexed(tiny_shards: str) -> None:
+    from clipkit.data.shards import Index
+
+    Index.load(tiny_shards)
+    assert pairs_indexed(configuration.DataConfig(train=[tiny_shards])) == 48

@@ -210,6 +210,9 @@ class OptimConfig(Section):
     """Share of the run that `wsd` decays over."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Learning rate of each layer as a multiple of the next one's; heads and scale learn at the full rate, embeddings
+    at the lowest. 1: all alike."""
 
 
 class EngineConfig(Section):

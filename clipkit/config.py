@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 SetName = Annotated[str, Field(pattern=r"^[\w-]*$")]
 
 
@@ -196,12 +197,17 @@ class TeacherConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with warm-up; weight decay never touches norms, biases, scale or bias."""
+    """AdamW or Lion with warm-up; weight decay never touches norms, biases, scale or bias."""
 
+    kind: Literal["adamw", "lion"] = "adamw"
+    """`lion` (arXiv 2302.06675) keeps one moment, not two; its authors take a third to a tenth of AdamW's `lr` and as
+    many times its `weight_decay`."""
     lr: float = Field(default=5e-4, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(default=1e-6, gt=0.0)
+    betas: tuple[Beta, Beta] | None = None
+    """Default: 0.9 and 0.98 of `adamw`, 0.9 and 0.99 of `lion`."""
+    eps: float | None = Field(default=None, gt=0.0)
+    """Of `adamw`; default: 1e-6."""
     warmup: Count = 0
     """Samples of linear warm-up."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"

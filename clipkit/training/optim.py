@@ -1,4 +1,4 @@
-"""AdamW with the decay where it belongs, and the learning rate as a pure function of the step."""
+"""AdamW and Lion with the decay where it belongs, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from clipkit.config import Config, OptimConfig
 from clipkit.training.depth import learning_depths
+from clipkit.training.lion import Lion
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -16,8 +17,14 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(("log_scale", "bias"))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that learn, in one group for each depth, decayed and not decayed.
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+"""What each `optim.kind` remembers of every parameter."""
+BETAS = {"adamw": (0.9, 0.98), "lion": (0.9, 0.99)}
+EPS = 1e-6
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config` over the parameters that learn, in one group for each depth, decayed and not decayed.
 
     A group's `factor` is its share of the learning rate. Raises UserError when layers are wanted and cannot be told.
     """
@@ -34,8 +41,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         }
         for (deep, decayed), parameters in sorted(found.items(), key=lambda group: (group[0][0], not group[0][1]))
     ]
+    betas = config.betas or BETAS[config.kind]
+    if config.kind == "lion":
+        return Lion(groups, lr=config.lr, betas=betas)
     # The fused kernel is several times faster than the default, on CPU too (docs/log.md).
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps or EPS, fused=True)
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -231,6 +231,8 @@ class EngineConfig(Section):
     accumulate: Positive = 1
     """Parts that a rank's share of the batch is encoded in, one after the other: memory of one part, gradient of the
     whole, one more forward (cached accumulation)."""
+    checkpoint_activations: bool = False
+    """Towers that learn keep only the inputs of their blocks and compute the rest again in the backward pass."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
 

@@ -283,6 +283,8 @@ class Config(Section):
     """Write every step's sample ids to samples.jsonl, in the order of the global batch."""
     save_every: Count = 0
     """Samples between two checkpoints; 0: only at the end."""
+    save_minutes: float = Field(default=0.0, ge=0.0)
+    """Minutes after the last checkpoint (or the start) when another is due too, by the first rank's clock; 0: never."""
     keep: Positive = 2
     """Checkpoints kept."""
     evaluate_every: Count = 0

@@ -70,6 +70,7 @@ class Checkpoints:
             for old in whole_checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
         distributed.barrier()
+        self.guard.saved()
         return final
 
     def restore(self) -> int:

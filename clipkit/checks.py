@@ -70,6 +70,10 @@ def cross_check(config: Config) -> list[str]:
     problems += _check_supervision(config)
     problems += _check_teacher(config) + _check_features(config)
     problems += _check_captions(config.data) + _check_sources(config.data)
+    if config.engine.checkpoint_activations and config.model.lock_image and config.model.lock_text:
+        problems.append("engine.checkpoint_activations: both towers are locked, nothing is kept for a backward pass")
+    if config.optim.kind == "lion" and config.optim.eps is not None:
+        problems.append("optim.eps: belongs to optim.kind: adamw; lion divides by nothing")
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:

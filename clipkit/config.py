@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 SetName = Annotated[str, Field(pattern=r"^[\w-]*$")]
 
 
@@ -196,12 +197,17 @@ class TeacherConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with warm-up; weight decay never touches norms, biases, scale or bias."""
+    """AdamW or Lion with warm-up; weight decay never touches norms, biases, scale or bias."""
 
+    kind: Literal["adamw", "lion"] = "adamw"
+    """`lion` (arXiv 2302.06675) keeps one moment, not two; its authors take a third to a tenth of AdamW's `lr` and as
+    many times its `weight_decay`."""
     lr: float = Field(default=5e-4, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(default=1e-6, gt=0.0)
+    betas: tuple[Beta, Beta] | None = None
+    """Default: 0.9 and 0.98 of `adamw`, 0.9 and 0.99 of `lion`."""
+    eps: float | None = Field(default=None, gt=0.0)
+    """Of `adamw`; default: 1e-6."""
     warmup: Count = 0
     """Samples of linear warm-up."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -210,6 +216,9 @@ class OptimConfig(Section):
     """Share of the run that `wsd` decays over."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 switches clipping off."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Learning rate of each layer as a multiple of the next one's; heads and scale learn at the full rate, embeddings
+    at the lowest. 1: all alike."""
 
 
 class EngineConfig(Section):
@@ -222,6 +231,8 @@ class EngineConfig(Section):
     accumulate: Positive = 1
     """Parts that a rank's share of the batch is encoded in, one after the other: memory of one part, gradient of the
     whole, one more forward (cached accumulation)."""
+    checkpoint_activations: bool = False
+    """Towers that learn keep only the inputs of their blocks and compute the rest again in the backward pass."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
 
@@ -272,6 +283,8 @@ class Config(Section):
     """Write every step's sample ids to samples.jsonl, in the order of the global batch."""
     save_every: Count = 0
     """Samples between two checkpoints; 0: only at the end."""
+    save_minutes: float = Field(default=0.0, ge=0.0)
+    """Minutes after the last checkpoint (or the start) when another is due too, by the first rank's clock; 0: never."""
     keep: Positive = 2
     """Checkpoints kept."""
     evaluate_every: Count = 0

@@ -34,6 +34,7 @@ from clipkit.model.heads import build_heads
 from clipkit.model.local import local_logits
 from clipkit.model.names import Parts, from_open_clip
 from clipkit.model.preprocess import own_preprocess
+from clipkit.model.recompute import recompute_blocks
 from clipkit.model.spec import custom_spec, heads_spec, text_spec
 from clipkit.model.tokens import check_tokens, spoken, with_patches, with_words
 from clipkit.model.towers import RootHead, TimmTower, adapter, build_towers, load_timm_weights, trims_exactly
@@ -67,7 +68,7 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(parts.scale)]))
         self.bias = None if parts.bias is None else nn.Parameter(torch.tensor([float(parts.bias)]))
         self.image_locked = self.text_locked = False
-        self.local = False
+        self.local = self.recomputes = False
 
     @property
     def activation(self) -> str:
@@ -111,6 +112,16 @@ class DualEncoder(nn.Module):
         """
         check_tokens(self.image_tower, self.text_tower)
         self.local = True
+
+    def recompute(self) -> None:
+        """From now on towers that learn keep only what enters their blocks, and compute the rest again going back.
+
+        Raises UserError for towers that cannot, or not rightly.
+        """
+        for tower, locked in ((self.image_tower, self.image_locked), (self.text_tower, self.text_locked)):
+            if not locked:
+                recompute_blocks(tower)
+        self.recomputes = True
 
     def forward(self, batch: Batch, roles: Collection[str] = (*ROLES, "view_image")) -> Embeddings:
         """Every role of this rank's batch, encoded: all pictures in one call of their tower, and all texts in one.
@@ -250,7 +261,9 @@ class DualEncoder(nn.Module):
     def _texts(self, tokens: Int64[Tensor, "n t"], encode: Callable[[Tensor], Tensor]) -> Tensor:
         full = self.tokenizer.context_length
         assert self.tokenizer.trim or tokens.shape[1] == full, f"this text tower needs all {full} positions"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked), _attention(tokens.device):
+        # What is computed again going back is so outside of this context: attention has to be the same without.
+        attention = nullcontext() if self.recomputes else _attention(tokens.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_locked), attention:
             features = self._by_length(tokens, encode) if self.tokenizer.trim else encode(tokens)
         return self._head("text", features)
 

@@ -38,8 +38,8 @@ from clipkit.model.weights import weights_into
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
+from clipkit.training.optim import MOMENTS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BESIDE_BYTES = 1_000_000
 """Room for everything small: headers, random states, the config."""
 
@@ -70,6 +70,7 @@ class Checkpoints:
             for old in whole_checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
         distributed.barrier()
+        self.guard.saved()
         return final
 
     def restore(self) -> int:
@@ -158,7 +159,7 @@ class Checkpoints:
             self.teacher.load_state(load_file(own) if own.is_file() else {})
         terms = path / "terms.safetensors"
         self.objective.load_state(load_file(terms) if terms.is_file() else {})
-        _restore_moments(self.engine, load_file(path / "optimizer.safetensors"), self.guard.updates)
+        _restore_moments(self.engine, _read_moments(path, self.config.optim.kind), self.guard.updates)
         rng = path / f"rng_{distributed.rank()}.safetensors"
         if rng.is_file():  # absent on ranks that the saving world did not have
             torch.set_rng_state(load_file(rng)["torch"])
@@ -175,6 +176,24 @@ def _state(path: Path) -> dict[str, Any]:
     return {"guard": {"updates": state["step"], "skipped": 0, "streak": 0, "returned_to": None}} | state
 
 
+def _kept(engine: Engine) -> tuple[str, ...]:
+    """What the run's optimizer remembers of every parameter."""
+    return MOMENTS[engine.config.optim.kind]
+
+
+def _read_moments(path: Path, kind: str) -> dict[str, Tensor]:
+    """The saved moments by name. Raises UserError when another kind of optimizer wrote them."""
+    moments = load_file(path / "optimizer.safetensors")
+    found = sorted({name.partition(".")[0] for name in moments})
+    if found and found != sorted(MOMENTS[kind]):
+        wrote = next((other for other, keys in MOMENTS.items() if sorted(keys) == found), "another kind")
+        raise UserError(
+            f"{path}: holds the moments of {wrote}, and optim.kind is {kind}; resume with optim.kind={wrote}, "
+            "or start a new run that begins from this checkpoint with model.start"
+        )
+    return moments
+
+
 def _moments(engine: Engine) -> dict[str, Tensor]:
     """The optimizer's moments by parameter name, each in full. All ranks call this together."""
     if engine.deepspeed:
@@ -183,7 +202,7 @@ def _moments(engine: Engine) -> dict[str, Tensor]:
     for name, parameter in engine.bare.named_parameters():
         if not parameter.requires_grad:
             continue
-        for key in MOMENTS:
+        for key in _kept(engine):
             value = _full_moment(engine, parameter, key)
             if value is not None:
                 out[f"{key}.{name}"] = value.detach().float().cpu().contiguous()
@@ -205,9 +224,13 @@ def _restore_moments(engine: Engine, moments: dict[str, Tensor], updates: int) -
     for name, parameter in engine.bare.named_parameters():
         if f"exp_avg.{name}" in moments:
             engine.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates), device=parameter.device),
-                **{key: moments[f"{key}.{name}"].to(parameter.device) for key in MOMENTS},
-            }
+                key: moments[f"{key}.{name}"].to(parameter.device) for key in _kept(engine)
+            } | _count(engine, updates, parameter.device)
+
+
+def _count(engine: Engine, updates: int, device: torch.device) -> dict[str, Tensor]:
+    """AdamW's own count of steps, which corrects its moments; Lion has none."""
+    return {"step": torch.tensor(float(updates), device=device)} if engine.config.optim.kind == "adamw" else {}
 
 
 def _restore_shards(engine: Engine, moments: dict[str, Tensor], updates: int) -> None:
@@ -216,14 +239,14 @@ def _restore_shards(engine: Engine, moments: dict[str, Tensor], updates: int) ->
 
     zero = engine.optimizer.optimizer
     for flat in zero.single_partition_of_fp32_groups:
-        state = {key: torch.zeros_like(flat) for key in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **state}
+        state = {key: torch.zeros_like(flat) for key in _kept(engine)}
+        zero.optimizer.state[flat] = _count(engine, updates, flat.device) | state
     _link_shards(engine)
     for name, parameter in engine.bare.named_parameters():
         if not parameter.requires_grad:
             continue
         safe_set_full_fp32_param(parameter, parameter.detach().float())
-        for key in MOMENTS:
+        for key in _kept(engine):
             if f"{key}.{name}" in moments:
                 safe_set_full_optimizer_state(parameter, moments[f"{key}.{name}"].to(parameter.device), key)
 
@@ -232,6 +255,6 @@ def _link_shards(engine: Engine) -> None:
     """Tell every parameter where its moments lie. DeepSpeed does so once, when only the first group has stepped."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    zero = engine.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's AdamW
+    zero = engine.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's own
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
         lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.errors import UserError
+from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.embeddings import Embeddings
 from clipkit.training.accumulate import EmbeddingCache
 from clipkit.training.adversary import attacked
@@ -43,13 +44,15 @@ class Engine:
         self.model: nn.Module
         self.optimizer: Any
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(self, model: DualEncoder, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the model for this topology. Raises UserError where the wrapped model could not be right."""
         if self.parts > 1 and (norms := _learning_norms(model)):
             raise UserError(
                 f"engine.accumulate: {len(norms)} batch norms in a learning tower would see parts of the batch; "
                 "use accumulate: 1, lock the tower, or a tower with group or layer norm"
             )
+        if self.config.engine.checkpoint_activations:
+            model.recompute()
         self.bare: Any = _synchronise_norms(model, self.world, self.device).to(self.device)
         self._running = [buffer for norm in _learning_norms(self.bare) for buffer in norm.buffers()]
         if self.world == 1 and not self.deepspeed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from time import monotonic
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ class Guard:
     A step whose gradient norm is not finite is skipped: weights, optimizer, teacher and what terms remember stay as
     they were, while the samples, the learning rate and the number of the step go on. After `guard.patience` of them in
     a row the run is `exhausted` and goes back to a checkpoint, once to the same weights. As a context it listens to
-    SIGTERM and SIGUSR1: from the next judged step on the run is `stopping`, on all ranks.
+    SIGTERM and SIGUSR1: from the next judged step on the run is `stopping`, on all ranks. When `save_minutes` have
+    passed since the last checkpoint by rank 0's clock, one is due (`save_due`), on all ranks.
     """
 
-    def __init__(self, config: GuardConfig):
+    def __init__(self, config: GuardConfig, save_minutes: float = 0.0):
         self._patience = config.patience
         self.updates = 0
         """Steps taken: what the optimizer itself counts."""
@@ -34,6 +36,9 @@ class Guard:
         self.returned_to: int | None = None
         """Updates in the checkpoint that the run last went back to; skipped steps behind it do not change the place."""
         self.stopping = False
+        self.save_due = False
+        self._save_after_s = save_minutes * 60 or float("inf")
+        self._saved_at = monotonic()
         self._signalled = False
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -49,14 +54,19 @@ class Guard:
     def passes(self, norm: Tensor) -> bool:
         """Whether the step may be taken: its gradient norm is finite on every rank. All ranks ask together.
 
-        Costs one all-reduce of two bytes, and the host waits for the device.
+        Costs one all-reduce of three bytes, and the host waits for the device.
         """
-        here = torch.tensor([self._signalled], device=norm.device)
-        bad, self.stopping = distributed.anywhere(torch.cat([~torch.isfinite(norm).view(1), here]))
+        late = distributed.is_main() and monotonic() - self._saved_at >= self._save_after_s
+        here = torch.tensor([self._signalled, late], device=norm.device)
+        bad, self.stopping, self.save_due = distributed.anywhere(torch.cat([~torch.isfinite(norm).view(1), here]))
         self.skipped += bad
         self.updates += not bad
         self.streak = self.streak + 1 if bad else 0
         return not bad
+
+    def saved(self) -> None:
+        """A checkpoint is written: the next is due `save_minutes` from now."""
+        self._saved_at = monotonic()
 
     @property
     def exhausted(self) -> bool:

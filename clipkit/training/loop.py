@@ -49,7 +49,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     objective = Objective(config.objective)
     if "local_logit" in objective.needs:
         model.compare_locally()  # the teacher, a copy, does not
-    guard = Guard(config.guard)
+    guard = Guard(config.guard, config.save_minutes)
     checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard)
     start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
@@ -81,7 +81,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 log.roll_back(last, checkpoints.roll_back())
             if guard.stopping:
                 break
-            if _due(last, config.save_every, config) and not guard.streak:
+            due = _due(last, config.save_every, config) or (guard.save_due and last < config.steps)
+            if due and not guard.streak:
                 checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
                 log.evaluation(last, _evaluate(config, engine.bare, folder))

@@ -74,7 +74,7 @@ GROUPS = {
             "embed": data.embed,
         },
     ),
-    "negatives": ("Make hard-negative captions.", {"make": data.make}),
+    "negatives": ("Make hard-negative captions.", {"make": data.make, "ask": data.ask}),
     "world": ("The generated picture world.", {"build": data.build_world}),
     "bench": (
         "Benchmarks: list, get, convert, check.",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from clipkit.negatives.llm import Asked, Cost
 
 LISTED = 20
 """Shards that are listed; the JSON has all."""
@@ -115,3 +118,40 @@ def _listed(counts: dict[str, int]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def asked_tables(report: Asked, prices: tuple[float, float]) -> list[Table]:
+    """What a language model gave, and what went wrong."""
+    title = f"{report.captions} captions in {report.shards} shards, {report.kept_shards} of them made before"
+    spent = (report.tokens_in * prices[0] + report.tokens_out * prices[1]) / 1e6
+    asked = [
+        ("questions answered before", report.known),
+        ("questions asked", report.asked),
+        ("tokens in", report.tokens_in),
+        ("tokens out", report.tokens_out),
+        *([("cost", round(spent, 2))] if any(prices) else []),
+    ]
+    troubles = [
+        (name, reason, times)
+        for name, reasons in (
+            ("asked again", report.again),
+            ("no answer for good", report.failed),
+            ("no answer now: call again", report.unanswered),
+        )
+        for reason, times in reasons.most_common()
+    ]
+    made = Table(title, ["kind", "texts", "captions with one", "texts dropped"], report.rows())
+    return [made, Table("asked", ["what", "number"], asked), Table("troubles", ["what", "reason", "times"], troubles)]
+
+
+def cost_table(costs: list[Cost], prices: tuple[float, float]) -> Table:
+    """What is left to ask, by kind and in all."""
+
+    def row(name: str, some: list[Cost], by: str) -> tuple[Any, ...]:
+        sent, came = (sum(getattr(cost, side) for cost in some) for side in ("tokens_in", "tokens_out"))
+        price = (sent * prices[0] + came * prices[1]) / 1e6
+        return (name, sum(cost.requests for cost in some), sent, came, round(price, 2), by)
+
+    rows = [row(cost.kind, [cost], "earlier answers" if cost.measured else "characters") for cost in costs]
+    columns = ["kind", "requests", "tokens in", "tokens out", "cost", "by"]
+    return Table("left to ask, without repeated attempts", columns, [*rows, row("any", costs, "")])

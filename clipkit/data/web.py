@@ -1,4 +1,4 @@
-"""Byte ranges over http(s), through urllib3: pooled connections, redirects, proxies; and a deadline for every answer.
+"""Byte ranges and posts over http(s), through urllib3: pooled connections, proxies; a deadline for every answer.
 
 Each call is one attempt. Transient is what another attempt may mend; UserError is what it cannot.
 """
@@ -11,8 +11,10 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from math import isfinite
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -48,6 +50,15 @@ class Answer(NamedTuple):
     version: str
     """ETag, else Last-Modified, else empty."""
     ranges: bool
+    data: bytes
+
+
+class Posted(NamedTuple):
+    """A server's answer to a post, whatever it is; `wait_s` is its Retry-After, 0 where it has none."""
+
+    status: int
+    reason: str
+    wait_s: float
     data: bytes
 
 
@@ -87,21 +98,48 @@ def get_whole(url: str, limit: int = 0) -> Iterator[bytes]:
             raise Transient(f"{seen} of {length} bytes came")
 
 
+def post(url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float, idle: int = MAX_IDLE) -> Posted:
+    """One POST, without redirects; the status is the caller's to judge. Up to `idle` connections are kept open.
+
+    Raises Transient where no whole answer came (`timeout_s`: the longest silence), UserError for a wrong address.
+    """
+    with _opened("POST", url, headers, body=body, timeout_s=timeout_s, idle=idle) as response:
+        data = b"".join(_pieces(response))
+        return Posted(response.status, response.reason or "", _wait_s(response), data)
+
+
 @contextmanager
 def _asked(url: str, headers: Mapping[str, str]) -> Iterator[BaseHTTPResponse]:
-    """The answer to a GET, after redirects. Its connection is kept if the answer was read to its end."""
+    """The answer to a GET, after redirects."""
+    with _opened("GET", url, headers) as response:
+        _refuse(url, response)
+        yield response
+
+
+@contextmanager
+def _opened(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    *,
+    body: bytes | None = None,
+    timeout_s: float = TIMEOUT_S,
+    idle: int = MAX_IDLE,
+) -> Iterator[BaseHTTPResponse]:
+    """An answer whose body is not read yet. Its connection is kept if the answer was read to its end."""
     response = None
     try:
         parts = urlsplit(url)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
-        response = _pool(os.getpid(), _proxy(parts.scheme, parts.hostname or "")).request(
-            "GET",
+        response = _pool(os.getpid(), _proxy(parts.scheme, parts.hostname or ""), idle).request(
+            method,
             bare,
+            body=body,
             headers={**_common(parts.username, parts.password), **headers},
             preload_content=False,
-            timeout=urllib3.Timeout(connect=TIMEOUT_S, read=TIMEOUT_S),
+            redirect=method == "GET",
+            timeout=urllib3.Timeout(connect=min(TIMEOUT_S, timeout_s), read=timeout_s),
         )
-        _refuse(url, response)
         yield response
     except (OSError, ValueError, exceptions.HTTPError) as error:
         raise _blame(url, error) from None
@@ -114,15 +152,15 @@ def _asked(url: str, headers: Mapping[str, str]) -> Iterator[BaseHTTPResponse]:
 
 
 @lru_cache(16)
-def _pool(_pid: int, proxy: str) -> urllib3.PoolManager:
+def _pool(_pid: int, proxy: str, idle: int) -> urllib3.PoolManager:
     """One for each process: a connection must not be used on both sides of a fork."""
     # Trying again is left to the caller, who knows what is worth it and what the pauses add up to.
     once = urllib3.Retry(
         total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS, respect_retry_after_header=False
     )
     if proxy:
-        return urllib3.ProxyManager(proxy, maxsize=MAX_IDLE, retries=once)
-    return urllib3.PoolManager(maxsize=MAX_IDLE, retries=once)
+        return urllib3.ProxyManager(proxy, maxsize=idle, retries=once)
+    return urllib3.PoolManager(maxsize=idle, retries=once)
 
 
 def _proxy(scheme: str, host: str) -> str:
@@ -143,8 +181,7 @@ def _refuse(url: str, response: BaseHTTPResponse) -> None:
     if status in (200, 206, 416):
         return
     if status in (408, 425, 429) or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise Transient(f"the server answered {status} {response.reason}", float(wait) if wait.isdigit() else 0.0)
+        raise Transient(f"the server answered {status} {response.reason}", _wait_s(response))
     if status in (404, 410):
         raise UserError(f"{where}: no such file ({status} {response.reason}); check the address")
     if status in (401, 403):
@@ -153,6 +190,16 @@ def _refuse(url: str, response: BaseHTTPResponse) -> None:
             "knows your credentials (s3://, gs:// or pipe:)"
         )
     raise UserError(f"{where}: the server answered {status} {response.reason}")
+
+
+def _wait_s(response: BaseHTTPResponse) -> float:
+    """Retry-After in seconds, given as such or as a date; 0 where it says nothing."""
+    said = response.headers.get("Retry-After", "")
+    with suppress(ValueError):
+        return max(0.0, float(said)) if isfinite(float(said)) else 0.0
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    return 0.0
 
 
 def _blame(url: str, error: Exception) -> Exception:

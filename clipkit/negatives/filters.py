@@ -174,7 +174,7 @@ def keep(
         if len(kept) == limit:
             break
         case = Case(text, caption, kind, tuple(siblings), usage)
-        mark = " ".join(case.words)
+        mark = mark_of(text)
         reason = "duplicate" if mark in taken else reason_to_drop(case)
         if reason:
             drops[reason] += 1
@@ -182,6 +182,11 @@ def keep(
             taken.add(mark)
             kept.append(text)
     return kept
+
+
+def mark_of(text: str) -> str:
+    """Equal for texts of the same words in the same order."""
+    return " ".join(_words(text))
 
 
 @lru_cache(maxsize=4096)

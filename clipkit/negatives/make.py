@@ -112,14 +112,14 @@ def make(
     for kind in kinds or KINDS:
         RULES.entry(kind)
     folder, started = Path(out), time.perf_counter()
-    usage = usage_of(_captions(shards), usual) if usual else None
+    usage = usage_of(captions_of(shards), usual) if usual else None
     recipe = Recipe(tuple(kinds or KINDS), per_kind, seed, usage)
     jobs = [(path, folder / path.name, recipe) for path in expand(shards)]
     check_places([job[0] for job in jobs], folder)
     total = Report()
     pending = []
     for job in jobs:
-        finished = _finished(*job)
+        finished = finished_before(job[1], _stamp(*job))
         if finished:
             total.add(finished)
             total.kept_shards += 1
@@ -158,8 +158,8 @@ def negatives(
     return found
 
 
-def _captions(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
-    """Every caption; unreadable sheets are for `_make_shard` to name."""
+def captions_of(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
+    """Every caption; unreadable sheets are passed over: whoever writes the shard names them."""
     index = Index.load(shards)
     for id in range(len(index)):
         with suppress(Unreadable):
@@ -197,8 +197,7 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
     source, target, recipe = job
     report = Report(shards=1)
     rewrite(source, target, lambda members: _sheet(members, recipe, report))
-    entry = {"stamp": _stamp(source, target, recipe), "report": report.to_json()}
-    write_atomic(_ledger(target), json.dumps(entry).encode())
+    finish(target, _stamp(source, target, recipe), report)
     return report
 
 
@@ -247,13 +246,18 @@ def _ledger(target: Path) -> Path:
     return target.parent / LEDGER / f"{target.name}.json"
 
 
-def _finished(source: Shard, target: Path, recipe: Recipe) -> Report | None:
-    """The report of a shard that an earlier call finished with these settings."""
+def finish(target: Path, stamp: dict[str, Any], report: Report) -> None:
+    """Write a finished shard's line in the ledger."""
+    write_atomic(_ledger(target), json.dumps({"stamp": stamp, "report": report.to_json()}).encode())
+
+
+def finished_before(target: Path, stamp: dict[str, Any]) -> Report | None:
+    """The report of a shard that an earlier call finished with this stamp."""
     file = _ledger(target)
     if not file.is_file() or not target.is_file():
         return None
     entry = json.loads(file.read_text())
-    if entry["stamp"] != _stamp(source, target, recipe):
+    if entry["stamp"] != stamp:
         return None
     known = entry["report"]
     return Report(
@@ -270,15 +274,16 @@ def _stamp(source: Shard, target: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished shard was made from, and how."""
     usage = recipe.usage.mark if recipe.usage else ""
     settings = {"kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed, "usage": usage}
-    return settings | {
-        "rules": _rules_mark(),
-        "source": version(source),
-        "size": target.stat().st_size,
-    }
+    return settings | {"rules": rules_mark(), **sizes(source, target)}
+
+
+def sizes(source: Shard, target: Path) -> dict[str, Any]:
+    """What a stamp says of the files: which version was read, how large what was written is."""
+    return {"source": version(source), "size": target.stat().st_size if target.is_file() else -1}
 
 
 @cache
-def _rules_mark() -> str:
+def rules_mark() -> str:
     """Changes with the rules and their word lists, so that shards made by older ones are made again."""
     folder = resources.files("clipkit.negatives")
     files = [entry for place in (folder, folder / "data") for entry in place.iterdir() if entry.is_file()]

@@ -1,0 +1,327 @@
+"""Negatives and paraphrases written by a language model behind any OpenAI-compatible server.
+
+DeGLA's five kinds (arXiv 2504.16801) are asked for by its recipe: a rule, examples, the constraint that the meaning
+changes, the caption; paraphrases are ParaCLIP's (arXiv 2402.15120). First each question is asked, its answer kept in a
+file; then the shards are written from that file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from clipkit.data.build import tracked
+from clipkit.data.members import Sheet, read_sheet
+from clipkit.data.shards import Shard, expand
+from clipkit.errors import UserError
+from clipkit.negatives.answers import Answer, Answers, Order, Question
+from clipkit.negatives.asking import Asker
+from clipkit.negatives.chat import Chat
+from clipkit.negatives.filters import Case, keep, mark_of, reason_to_drop
+from clipkit.negatives.make import (
+    KINDS,
+    Report,
+    captions_of,
+    check_places,
+    finish,
+    finished_before,
+    rewrite,
+    rules_mark,
+    sizes,
+)
+from clipkit.negatives.prompts import Prompt, answer, load_prompts
+
+SOURCE = "llm"
+"""The `source` of every negative written here."""
+KEY = "CLIPKIT_LLM_KEY"
+"""Environment variable that holds the server's key."""
+FILE = "answers.jsonl"
+PARAPHRASE, AGAIN = "paraphrase", "paraphrase_again"
+"""Kinds that become captions: T', and T'', which is asked about T'."""
+CAPTION_KINDS = {PARAPHRASE: "once", AGAIN: "twice"}
+ORIGINAL = "original"
+"""The kind of captions that had none, beside paraphrases."""
+OURS = ("model", "messages", "response_format")
+"""Fields of a request that are not the user's; None leaves out the last."""
+NEWS_S = 60.0
+"""Where no bar is drawn, a line so often."""
+CHARACTERS = 4.0
+"""Characters a token, where the server has counted few."""
+MEASURED = 20
+"""Answers from which on their own tokens are the estimate."""
+
+
+@dataclass
+class Asked(Report):
+    """What was made, as `Report`; and what was asked for it.
+
+    `asked` counts questions put now, `known` those answered before; `again` attempts repeated, `failed` questions that
+    have no answer for good, `unanswered` those the server said nothing to, by reason.
+    """
+
+    asked: int = 0
+    known: int = 0
+    again: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    unanswered: Counter[str] = field(default_factory=Counter)
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Requests of a kind that are still to be made, and about how many tokens they take.
+
+    `measured`: by what the server counted for earlier answers; else by characters.
+    """
+
+    kind: str
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    measured: bool
+
+
+class Wish:
+    """What is asked for. Raises UserError for an unknown kind, a paraphrase of none, and a setting that is not free.
+
+    `per_kind` texts of each kind for every caption, or for the first `limit`; `settings` are added to requests;
+    KIND.yaml in `folder` replaces a packaged prompt.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        kinds: Sequence[str] = KINDS,
+        *,
+        per_kind: int = 1,
+        seed: int = 0,
+        settings: dict[str, Any] | None = None,
+        folder: str | Path | None = None,
+        limit: int | None = None,
+    ):
+        if AGAIN in kinds and PARAPHRASE not in kinds:
+            raise UserError(f"{AGAIN}: asks about what {PARAPHRASE} gave; name both")
+        for name in (settings or {}).keys() & set(OURS):
+            if name != "response_format" or (settings or {})[name] is not None:
+                raise UserError(f"{name}: is not to be set; only response_format=null leaves that out")
+        self.kinds, self.limit = tuple(dict.fromkeys(kinds)), limit
+        self.direct = tuple(kind for kind in self.kinds if kind != AGAIN)
+        self.prompts: dict[str, Prompt] = load_prompts(self.direct, folder)
+        marks = {kind: prompt.mark for kind, prompt in self.prompts.items()}
+        self.order = Order(model, per_kind, seed, marks, settings or {})
+
+    def questions(self, shards: str | Path | Sequence[str | Path]) -> Iterator[Question]:
+        """About every caption, each once."""
+        captions = dict.fromkeys(caption for caption in captions_of(shards) if caption)
+        for caption in islice(captions, self.limit):
+            yield from (Question(caption, kind) for kind in self.direct)
+
+    def further(self, questions: Iterable[Question], answers: Answers) -> Iterator[Question]:
+        """About the paraphrases that came."""
+        if AGAIN not in self.kinds:
+            return
+        for question in questions:
+            found = answers.get(self.order.fields(question)) if question.kind == PARAPHRASE else None
+            for text in found.texts if found else ():
+                if not reason_to_drop(Case(text, *question)):
+                    yield Question(text, PARAPHRASE)
+
+
+def ask(
+    shards: str | Path | Sequence[str | Path],
+    out: str | Path,
+    wish: Wish,
+    *,
+    url: str,
+    file: str | Path | None = None,
+    concurrency: int = 16,
+    per_minute: float = 0.0,
+    timeout_s: float = 120.0,
+    progress: bool = True,
+) -> Asked:
+    """Write every shard again, to `out`, with what the model at `url` writes about the captions.
+
+    Answers are kept in `file` (out/answers.jsonl) and never asked for again: a call that was ended goes on where it
+    was. Negatives go beside those of other sources, paraphrases behind the captions, with `caption_kinds`. Shards that
+    would become the same are kept. Raises UserError for what `expand` refuses, for a server of no use, and for a file
+    that another call has open.
+    """
+    folder, started = Path(out), time.perf_counter()
+    paths = expand(shards)
+    check_places(paths, folder)
+    chat = Chat(url, wish.order.model, _key(), wish.order.settings, timeout_s, concurrency)
+    total = Asked()
+    with Answers(file or folder / FILE) as answers:
+        asker = Asker(chat, wish.order, wish.prompts, answers, concurrency=concurrency, per_minute=per_minute)
+        questions = list(wish.questions(shards))
+        for number, some in enumerate((questions, wish.further(questions, answers))):
+            wanted = list(dict.fromkeys(some))
+            open_ = [question for question in wanted if wish.order.fields(question) not in answers]
+            total.known += len(wanted) - len(open_)
+            total.asked += len(open_)
+            what = "asking about paraphrases" if number else "asking"
+            for _ in _told(asker.ask_all(open_), what, len(open_), progress):
+                pass
+        total.again, total.failed, total.unanswered = asker.again, asker.failed, asker.unanswered
+        total.tokens_in, total.tokens_out = asker.tokens
+        for path in paths:
+            _write(path, folder / path.name, wish, answers, total)
+    total.seconds = time.perf_counter() - started
+    return total
+
+
+def estimate(shards: str | Path | Sequence[str | Path], out: str | Path, wish: Wish, file: Any = None) -> list[Cost]:
+    """What `ask` would still cost; nothing is asked."""
+    characters: dict[str, list[int]] = {kind: [0, 0, 0] for kind in wish.direct}
+    with Answers(file or Path(out) / FILE, write=False) as answers:
+        for question in wish.questions(shards):
+            if wish.order.fields(question) in answers:
+                continue
+            prompt, order = wish.prompts[question.kind], wish.order
+            sums = characters[question.kind]
+            sums[0] += 1
+            sums[1] += len(prompt.text(question.caption, order.count, order.seed))
+            sums[2] += len(answer(question.kind, [question.caption] * order.count))
+        costs = [_cost(kind, sums, wish.order, answers) for kind, sums in characters.items()]
+    if AGAIN in wish.kinds:
+        first = next(cost for cost in costs if cost.kind == PARAPHRASE)
+        n = wish.order.count
+        costs.append(Cost(AGAIN, n * first.requests, n * first.tokens_in, n * first.tokens_out, first.measured))
+    return costs
+
+
+def _cost(kind: str, sums: list[int], order: Order, answers: Answers) -> Cost:
+    """`sums`: requests, characters of their prompts, and of what would be answered."""
+    requests, sent, came = sums
+    seen = answers.tokens.get((kind, order.prompts[kind], order.model), Counter())
+    if seen["answers"] >= MEASURED and seen["in"]:
+        each = requests / seen["answers"]
+        return Cost(kind, requests, round(each * seen["in"]), round(each * seen["out"]), True)
+    return Cost(kind, requests, round(sent / CHARACTERS), round(came / CHARACTERS), False)
+
+
+def _key() -> str:
+    key = os.environ.get(KEY, "").strip()
+    if not key.isascii() or not all(character.isprintable() for character in key):
+        raise UserError(f"{KEY}: holds characters that no key has")  # and no message may show it
+    return key
+
+
+def _told(items: Iterable[Question], what: str, total: int, progress: bool) -> Iterator[Question]:
+    """`items` behind a progress bar on a terminal; elsewhere a line now and then."""
+    began = told = time.monotonic()
+    for number, item in enumerate(tracked(items, what, total) if progress else items, start=1):
+        yield item
+        now = time.monotonic()
+        if progress and not sys.stderr.isatty() and now - told >= NEWS_S:
+            told, rate = now, number / (now - began)
+            left = (total - number) / rate / 60
+            print(f"{what}: {number} of {total}, {rate:.1f} a second, {left:.0f} minutes left", file=sys.stderr)
+
+
+def _write(source: Shard, target: Path, wish: Wish, answers: Answers, total: Asked) -> None:
+    """Write one shard, unless it would be as it is; count it."""
+    order = wish.order
+    stamp = {
+        "kinds": list(wish.kinds),
+        "order": [order.model, order.count, order.seed, order.prompts, order.settings],
+        "answers": [str(answers.path.resolve()), answers.size],
+        "rules": rules_mark(),
+    }
+    before = finished_before(target, stamp | sizes(source, target))
+    if before:
+        total.add(before)
+        total.kept_shards += 1
+        return
+    report = Report(shards=1)
+    writer = _Writer(wish, answers, report)
+    rewrite(source, target, writer.sheet)
+    finish(target, stamp | sizes(source, target), report)
+    total.add(report)
+
+
+class _Writer:
+    """Puts answers into sheets."""
+
+    def __init__(self, wish: Wish, answers: Answers, report: Report):
+        self.wish, self.answers, self.report = wish, answers, report
+
+    def sheet(self, members: dict[str, bytes]) -> bytes:
+        """KEY.json with what was written about every caption."""
+        sheet = read_sheet(members)
+        record = json.loads(members["json"]) if "json" in members else {}
+        negatives, captions, kinds = [], list(sheet.captions), list(sheet.caption_kinds)
+        relevance = list(sheet.relevance)
+        for c, caption in enumerate(sheet.captions):
+            stay = [
+                n for n in sheet.negatives_of(c) if n.get("source") != SOURCE or n.get("kind") not in self.wish.kinds
+            ]
+            if not caption:
+                negatives.append(stay)
+                continue
+            self.report.captions += 1
+            made = self._negatives(sheet, c, {mark_of(n["text"]) for n in stay})
+            more = list(self._paraphrases(caption, captions))
+            self.report.covered["any"] += bool(made or more)
+            negatives.append(stay + made)
+            captions += [text for text, _ in more]
+            kinds += [kind for _, kind in more]
+            relevance += [sheet.relevance[c]] * len(more)
+        record |= {"captions": captions, "negatives": negatives}
+        if PARAPHRASE in self.wish.kinds:
+            record["caption_kinds"] = [kind or ORIGINAL for kind in kinds]
+            if isinstance(record.get("relevance"), list):
+                record["relevance"] = relevance
+        return json.dumps(record, ensure_ascii=False).encode()
+
+    def _negatives(self, sheet: Sheet, c: int, taken: set[str]) -> list[dict[str, Any]]:
+        caption, order = sheet.captions[c], self.wish.order
+        siblings = sheet.captions[:c] + sheet.captions[c + 1 :]
+        return [
+            {
+                "text": text,
+                "kind": kind,
+                "source": SOURCE,
+                "model": order.model,
+                "prompt": order.prompts[kind],
+                "seed": order.seed,
+            }
+            for kind in self.wish.direct
+            if kind != PARAPHRASE
+            for text in self._kept(Question(caption, kind), kind, siblings, taken)
+        ]
+
+    def _paraphrases(self, caption: str, captions: list[str]) -> Iterator[tuple[str, str]]:
+        """(text, kind of caption): each T' with the T'' that belong to it."""
+        if PARAPHRASE not in self.wish.kinds:
+            return
+        taken = {mark_of(known) for known in captions}
+        for once in self._kept(Question(caption, PARAPHRASE), PARAPHRASE, (), taken):
+            yield once, CAPTION_KINDS[PARAPHRASE]
+            if AGAIN in self.wish.kinds:
+                for twice in self._kept(Question(once, PARAPHRASE), AGAIN, (), taken):
+                    yield twice, CAPTION_KINDS[AGAIN]
+
+    def _kept(self, question: Question, name: str, siblings: Sequence[str], taken: set[str]) -> list[str]:
+        """The texts of an answer that are fit for this picture, counted under `name`."""
+        found: Answer | None = self.answers.get(self.wish.order.fields(question))
+        drops = self.report.drops.setdefault(name, Counter())
+        candidates, limit = found.texts if found else (), self.wish.order.count
+        caption, kind = question
+        texts = keep(candidates, caption, kind, limit=limit, siblings=siblings, taken=taken, drops=drops)
+        if texts:
+            self.report.kinds[name] += len(texts)
+            self.report.covered[name] += 1
+        else:
+            reason = (found.failed or "every text dropped") if found else "not answered"
+            self.report.empty.setdefault(name, Counter())[reason] += 1
+        return texts

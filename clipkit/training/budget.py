@@ -26,6 +26,7 @@ from clipkit.objective import Objective
 from clipkit.objective.tables import TILED_FROM
 from clipkit.objective.tiled import TILES
 from clipkit.training.cost import Cost, encoders, measure, saved_bytes, shapes_only, spec_at, spec_of
+from clipkit.training.optim import MOMENTS
 
 FLOAT = 4
 """Bytes of a number in float32, which weights, gradients and moments are."""
@@ -57,6 +58,11 @@ class Budget:
         if config.batch_size % (gpus * parts):
             raise UserError(
                 f"batch_size: {config.batch_size} pairs cannot be split evenly over {gpus} GPUs in {parts} parts each"
+            )
+        if config.engine.checkpoint_activations:
+            raise UserError(
+                "engine.checkpoint_activations: what is kept then cannot be told from shapes alone; "
+                "plan with engine.checkpoint_activations=false for an upper bound of memory and three quarters of the work"
             )
         model = config.model
         self.spec, self.scalars = spec_of(model)
@@ -199,8 +205,10 @@ class Budget:
         return {role: self.counts(role) for role in (*ROLES, "view_image") if not (role == "image" and cached)}
 
     def _moments(self) -> int:
-        """Bytes of AdamW's state: two numbers a parameter, and the number of steps of each tensor."""
-        return self.learning * 2 * FLOAT + sum(line.tensors for line in self.weights) * FLOAT
+        """Bytes of the optimizer's state: moments of each parameter, and AdamW's number of steps of each tensor."""
+        kind = self.config.optim.kind
+        steps = sum(line.tensors for line in self.weights) if kind == "adamw" else 0
+        return (self.learning * len(MOMENTS[kind]) + steps) * FLOAT
 
     def _objective(self, pairs: int) -> dict[str, float]:
         """Of all ranks' embeddings with their gradient, and of what the terms make of them."""

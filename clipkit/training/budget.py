@@ -62,7 +62,7 @@ class Budget:
         if config.engine.checkpoint_activations:
             raise UserError(
                 "engine.checkpoint_activations: what is kept then cannot be told from shapes alone; "
-                "plan with engine.checkpoint_activations=false for an upper bound of memory and three quarters of the work"
+                "plan with engine.checkpoint_activations=false for an upper bound of memory"
             )
         model = config.model
         self.spec, self.scalars = spec_of(model)

@@ -10,7 +10,8 @@ usage() {
   cat <<'TEXT'
 usage: sbatch [SBATCH OPTIONS] launch/slurm.sh CONFIG [key=value ...]
 
-Submit from the repository, or with `clipkit launch --on slurm`. SLURM starts the ranks, one a task, so ask for as many tasks a node as it has GPUs:
+Submit from the repository, or with `clipkit launch --on slurm`. SLURM starts the ranks, one a task, so ask for as many
+tasks a node as it has GPUs:
 
   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 launch/slurm.sh degla save_every=200_000
   sbatch --array=0-2 --gpus-per-node=1 launch/slurm.sh degla seed={array} out='runs/{name}_{seed}'
@@ -21,7 +22,7 @@ node was lost SLURM itself queues it again, and it goes on from its newest check
 
 Environment
   MASTER_ADDR, MASTER_PORT   where the ranks meet      (default: the job's first node, a port made from the job's number)
-  CLIPKIT_LAUNCH             folder of this script        (default: launch/ where the job was submitted)
+  CLIPKIT_LAUNCH             folder of this script   (default: launch/ where the job was submitted)
   PYTHON, OMP_NUM_THREADS    (default: the cores of a task)
 TEXT
 }

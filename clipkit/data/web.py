@@ -123,7 +123,7 @@ def _opened(
     headers: Mapping[str, str],
     *,
     body: bytes | None = None,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     idle: int = MAX_IDLE,
 ) -> Iterator[BaseHTTPResponse]:
     """An answer whose body is not read yet. Its connection is kept if the answer was read to its end."""
@@ -138,7 +138,7 @@ def _opened(
             headers={**_common(parts.username, parts.password), **headers},
             preload_content=False,
             redirect=method == "GET",
-            timeout=urllib3.Timeout(connect=min(TIMEOUT_S, timeout_s), read=timeout_s),
+            timeout=urllib3.Timeout(connect=min(TIMEOUT_S, timeout_s or TIMEOUT_S), read=timeout_s or TIMEOUT_S),
         )
         yield response
     except (OSError, ValueError, exceptions.HTTPError) as error:

@@ -95,12 +95,12 @@ class Case:
         return [x.detach() for x in rows], list(grads)
 
 
-def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Each table within `tolerance` of its norm; one that should be all zeros (d = 1) holds rounding at scale 100."""
+def close(got: list[Tensor], expected: list[Tensor], tolerance: float, least: float = 1e-3) -> None:
+    """Each table within `tolerance` of its norm, or of `least` where that is more."""
     assert len(got) == len(expected)
     for x, y in zip(got, expected):
         assert x.shape == y.shape and x.isfinite().all()
-        assert (x.double() - y.double()).norm() <= tolerance * max(y.norm().item(), 0.1)
+        assert (x.double() - y.double()).norm() <= tolerance * max(y.norm().item(), least)
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,7 +119,8 @@ def test_tiles_equal_the_matrix(shape, tile, form, relation, scale, seed):
     with tiles(*tile):
         got = case.run(relation, **FORMS[form])
     close(got[0], rows, 1e-10)
-    close(got[1], grads, 1e-10)
+    # With one dimension the gradient of the anchors is 0: what is there is rounding, in proportion to the scale.
+    close(got[1], grads, 1e-10, least=1e-3 * max(1.0, scale))
 
 
 @every_form

@@ -146,6 +146,7 @@ def test_planted_at_one_rank_all_skip_and_go_back(
 ):
     """Two ranks with NaN at the second one do what one process does: skip, go on, go back, go on."""
     tree |= {"samples": 192, "save_every": 64, "engine": engine | {"timeout_s": 60}}
+    tree |= {"optim": tree["optim"] | {"eps": 1e-3}}  # AdamW makes whole steps of gradients that are only rounding
     alone = Config.model_validate(tree | {"name": "alone", "engine": {}})
     steps = [1, 5, 6, 7]
     with monkeypatch.context() as patch:
@@ -156,8 +157,7 @@ def test_planted_at_one_rank_all_skip_and_go_back(
     two = tmp_path / "runs/two"
     assert [line["step"] for line in rows(two)] == list(range(1, 13))
     for one, other in zip(rows(peace), rows(two)):
-        # The loss of a skipped step is absent; per-sample state adds rounding to the others.
-        assert other.get("loss") == pytest.approx(one.get("loss"), abs=1e-4), one["step"]
+        assert other.get("loss") == pytest.approx(one.get("loss"), abs=1e-5), one["step"]
         assert other.get("skipped_steps") == one.get("skipped_steps")
     # Which terms are not finite depends on how many of the pairs were spoiled: all of them here, half of them there.
     said = [[(event["step"], event.get("keys")) for event in rows(folder, "skipped")] for folder in (two, peace)]

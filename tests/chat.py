@@ -6,10 +6,12 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.server import running
 
 Question = tuple[str, str]
 Fault = Callable[["ChatHandler", Question, int], bool]
@@ -98,15 +100,6 @@ class ChatServer(ThreadingHTTPServer):
         pass
 
 
-@contextmanager
-def chatting() -> Iterator[ChatServer]:
+def chatting() -> AbstractContextManager[ChatServer]:
     """A server while the context lasts."""
-    server = ChatServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(ChatServer())

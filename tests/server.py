@@ -8,9 +8,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 
 Trouble = Callable[["Handler", str, int], bool]
 """(request, path, number of the request) → whether it has been answered, somehow."""
@@ -94,10 +95,17 @@ class Server(ThreadingHTTPServer):
         pass
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder: Path) -> AbstractContextManager[Server]:
     """A server over `folder` while the context lasts."""
-    server = Server(folder)
+    return running(Server(folder))
+
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
+
+
+@contextmanager
+def running(server: S) -> Iterator[S]:
+    """It answers in a thread of its own while the context lasts."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

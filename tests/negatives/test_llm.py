@@ -327,7 +327,12 @@ def test_a_pause_of_the_user_keeps_what_was_under_way(shards: Path, tmp_path: Pa
 
 # a run that is killed
 
-RUN = "import sys; from clipkit.negatives.llm import *; ask(sys.argv[1], sys.argv[2], Wish('m', {kinds}), url=sys.argv[3], timeout_s=2, concurrency={n}, progress=False)"  # noqa: E501
+RUN = """
+import sys
+from clipkit.negatives.llm import Wish, ask
+shards, out, url = sys.argv[1:]
+ask(shards, out, Wish("m", {kinds}), url=url, timeout_s=2, concurrency={n}, progress=False)
+"""
 KILL_KINDS = ["reshuffle", "replace_nouns"]
 SIDE_BY_SIDE = 8
 

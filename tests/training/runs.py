@@ -16,6 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from clipkit import config as configuration
+from clipkit.config import Config
+from clipkit.data.batch import Batch
+from clipkit.data.loader import Loader
+from clipkit.data.mixture import open_data
+from clipkit.model.dual_encoder import DualEncoder, build
+from clipkit.training.loop import train
 from tests.ranks import run_ranks
 
 
@@ -43,10 +50,18 @@ def train_ranks(tree: dict, path: Path, ranks: int = 2, *, resume: bool = False)
 
 
 def _train(path: str, resume: bool, rank: int, world: int) -> None:
-    from clipkit import config as configuration
-    from clipkit.training.loop import train
-
     train(configuration.load(path), resume=resume)
+
+
+def first_batch(tree: dict) -> tuple[Config, DualEncoder, Batch]:
+    """The run's config, its model as it begins, and its first batch on one rank."""
+    config = configuration.validate(tree)
+    torch.manual_seed(0)
+    model = build(config.model).train()
+    index, plan = open_data(config)
+    loader = Loader(index, plan, data=config.data, preprocess=model.preprocess, tokenizer=model.tokenizer, seed=0)
+    (batch,) = loader.steps(0, 1)
+    return config, model, batch
 
 
 def kill(process: subprocess.Popen[str]) -> None:

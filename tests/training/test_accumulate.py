@@ -10,8 +10,6 @@ from torch import Tensor
 
 from clipkit import config as configuration
 from clipkit.data.batch import Batch
-from clipkit.data.loader import Loader
-from clipkit.data.mixture import open_data
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
@@ -19,6 +17,7 @@ from clipkit.objective import objective
 from clipkit.training.accumulate import EmbeddingCache
 from clipkit.training.engine import Engine
 from clipkit.training.optim import build_optimizer
+from tests.training.runs import first_batch
 
 
 @pytest.fixture
@@ -32,14 +31,7 @@ def setting(tiny_tree: dict, tiny_tags: str) -> tuple[configuration.Config, Dual
     tree["data"] |= {"tags": tiny_tags, "labels": True}
     tree["model"] |= {"heads": {"image": True, "tags": {"vocabulary": tiny_tags}}}
     tree["objective"] |= {"stc": {}, "class_similarity": {}}
-    config = configuration.validate(tree)
-    torch.manual_seed(0)
-    model = build(config.model).train()
-    index, plan = open_data(config)
-    loader = Loader(
-        index, plan, data=config.data, preprocess=model.preprocess, tokenizer=model.tokenizer, seed=0
-    )  # fmt: skip
-    (batch,) = loader.steps(0, 1)
+    config, model, batch = first_batch(tree)
     return config, model, Teacher(model, config.teacher, 100), batch
 
 

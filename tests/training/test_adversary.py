@@ -15,14 +15,13 @@ from torch import Tensor
 from clipkit import config as configuration
 from clipkit.config import AdversaryConfig, Config
 from clipkit.data.batch import Batch
-from clipkit.data.loader import Loader
-from clipkit.data.mixture import open_data
-from clipkit.model.dual_encoder import DualEncoder, build
+from clipkit.model.dual_encoder import DualEncoder
 from clipkit.training.adversary import attacked
 from clipkit.training.engine import Engine
 from clipkit.training.loop import train
 from clipkit.training.optim import build_optimizer
 from tests.ranks import run_ranks
+from tests.training.runs import first_batch
 
 ATTACK = AdversaryConfig(eps=3.0, steps=4)
 
@@ -41,12 +40,7 @@ def tree(tiny_tree: dict) -> dict:
 
 
 def opened(tree: dict) -> tuple[DualEncoder, Batch]:
-    config = configuration.validate(tree)
-    torch.manual_seed(0)
-    model = build(config.model).train()
-    index, plan = open_data(config)
-    loader = Loader(index, plan, data=config.data, preprocess=model.preprocess, tokenizer=model.tokenizer, seed=0)
-    (batch,) = loader.steps(0, 1)
+    _, model, batch = first_batch(tree)
     return model, batch
 
 

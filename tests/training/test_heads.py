@@ -14,13 +14,10 @@ from safetensors.torch import load_file
 import clipkit
 from clipkit import config as configuration
 from clipkit.config import Config
-from clipkit.data.loader import Loader
-from clipkit.data.mixture import open_data
-from clipkit.model.dual_encoder import build
 from clipkit.objective import Objective
 from clipkit.training.loop import train
 from tests.training.conftest import degla_tree
-from tests.training.runs import finish, launch, losses, train_ranks, weights
+from tests.training.runs import finish, first_batch, launch, losses, train_ranks, weights
 
 METHODS = ("hq_clip", "catlip", "spurious", "supcon")
 
@@ -40,12 +37,7 @@ def tree_of(method: str, shards: str, tags: str, folder: Path) -> dict[str, Any]
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_that_learns_gets_a_gradient(method: str, tiny_shards: str, tiny_tags: str, tmp_path: Path):
     """What DDP waits for, also behind embeddings that no term asks for."""
-    config = configuration.validate(tree_of(method, tiny_shards, tiny_tags, tmp_path))
-    torch.manual_seed(0)
-    model = build(config.model).train()
-    index, plan = open_data(config)
-    loader = Loader(index, plan, data=config.data, preprocess=model.preprocess, tokenizer=model.tokenizer, seed=0)
-    (batch,) = loader.steps(0, 1)
+    config, model, batch = first_batch(tree_of(method, tiny_shards, tiny_tags, tmp_path))
     total, values = Objective(config.objective)(model(batch).world())
     total.backward()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from clipkit import config as configuration
 from clipkit.data.batch import Batch
-from clipkit.data.loader import Loader
-from clipkit.data.mixture import open_data
 from clipkit.errors import UserError
 from clipkit.model import dual_encoder
 from clipkit.model.dual_encoder import DualEncoder, build
@@ -22,6 +20,7 @@ from clipkit.training.accumulate import EmbeddingCache
 from clipkit.training.engine import Engine
 from clipkit.training.loop import train
 from clipkit.training.optim import build_optimizer
+from tests.training.runs import first_batch
 
 VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 4, "image_size": 16}
 TIMM = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -37,13 +36,7 @@ def setting(tree: dict, image: str) -> tuple[configuration.Config, DualEncoder, 
     tree = tree | {"objective": {"infonce": {}, "igc": {}}, "teacher": {}}
     tree["model"] = tree["model"] | {"image": IMAGES[image]}
     tree["model"]["text"] = tree["model"]["text"] | {"layers": 3, "dropout": 0.3}
-    config = configuration.validate(tree)
-    torch.manual_seed(0)
-    model = build(config.model).train()
-    index, plan = open_data(config)
-    loader = Loader(index, plan, data=config.data, preprocess=model.preprocess, tokenizer=model.tokenizer, seed=0)
-    (batch,) = loader.steps(0, 1)
-    return config, model, batch
+    return first_batch(tree)
 
 
 def step(config: configuration.Config, model: DualEncoder, batch: Batch, parts: int) -> tuple[dict[str, Tensor], int]:

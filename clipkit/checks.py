@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clipkit.errors import UserError
 from clipkit.registry import TERMS
 
 if TYPE_CHECKING:
@@ -11,6 +12,17 @@ if TYPE_CHECKING:
 
 ROLES = ("image", "text", "positive_text", "negative_text", "negative_image")
 """What the embeddings of a pair are called."""
+
+
+def check_split(config: Config, ranks: int) -> None:
+    """Raises UserError where `ranks`, and the parts that each encodes its share in, cannot have equal shares."""
+    parts = config.engine.accumulate
+    if config.batch_size % (ranks * parts):
+        each = f" in {parts} parts each (engine.accumulate)" if parts > 1 else ""
+        raise UserError(
+            f"batch_size: {config.batch_size} pairs cannot be split evenly over {ranks} ranks{each}; "
+            "change it or the number of ranks"
+        )
 
 
 def looked_at(term: str) -> dict[str, bool]:

@@ -19,6 +19,7 @@ from string import Template
 import yaml
 
 from clipkit import config as configuration
+from clipkit.checks import check_split
 from clipkit.config import Config
 from clipkit.errors import UserError, did_you_mean
 
@@ -110,13 +111,7 @@ def _checked(request: Request, settings: Sequence[str] | None = None) -> Config:
     """The config, whose batches the ranks can share out. Raises UserError before anything is started or queued."""
     config = configuration.load(request.config, list(request.settings if settings is None else settings))
     if request.ranks:
-        ranks, parts = (request.nodes or 1) * request.ranks, config.engine.accumulate
-        if config.batch_size % (ranks * parts):
-            each = f" in {parts} parts each (engine.accumulate)" if parts > 1 else ""
-            raise UserError(
-                f"batch_size: {config.batch_size} pairs cannot be split evenly over {ranks} ranks{each}; change it, "
-                "--nodes or --gpus"
-            )
+        check_split(config, (request.nodes or 1) * request.ranks)
     return config
 
 

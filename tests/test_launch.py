@@ -106,7 +106,10 @@ def test_values_with_spaces_and_quotes_arrive_as_they_were(tmp_path: Path) -> No
         ("debug --on torchrun --nodes 2 --address a:b", "--address a:b: is written HOST or HOST:PORT"),
         ("debug --on deepspeed --nodes 2", "--nodes 2: name them: --hostfile FILE"),
         ("debug --on deepspeed --hostfile nothing", "nothing: no such hostfile"),
-        ("debug --gpus 3", "batch_size: 32 pairs cannot be split evenly over 3 ranks; change it, --nodes or --gpus"),
+        (
+            "debug --gpus 3",
+            "batch_size: 32 pairs cannot be split evenly over 3 ranks; change it or the number of ranks",
+        ),
         ("debug --gpus 8 engine.accumulate=8", "over 8 ranks in 8 parts each (engine.accumulate)"),
         ("debug --on slurm", "--on slurm: say how many GPUs a node has: --gpus N"),
         ("debug --on slurm --gpus 1 seed={arr}", "seed: should be a whole number"),

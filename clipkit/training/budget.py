@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipkit.checks import ROLES, teacher_roles
+from clipkit.checks import ROLES, check_split, teacher_roles
 from clipkit.config import Config, DataConfig
 from clipkit.data import indexing
 from clipkit.data.shards import expand
@@ -54,11 +54,7 @@ class Budget:
     def __init__(self, config: Config, gpus: int):
         self.config, self.gpus = config, gpus
         self.rows = self.pairs_of(config.batch_size) // gpus
-        parts = config.engine.accumulate
-        if config.batch_size % (gpus * parts):
-            raise UserError(
-                f"batch_size: {config.batch_size} pairs cannot be split evenly over {gpus} GPUs in {parts} parts each"
-            )
+        check_split(config, gpus)
         if config.engine.checkpoint_activations:
             raise UserError(
                 "engine.checkpoint_activations: what is kept then cannot be told from shapes alone; "

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clipkit.checks import check_split
 from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.errors import UserError
@@ -33,11 +34,7 @@ class Engine:
         self.deepspeed = config.engine.kind == "deepspeed"
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.parts = config.engine.accumulate
-        if config.batch_size % (self.world * self.parts):
-            parts = f" in {self.parts} parts each (engine.accumulate)" if self.parts > 1 else ""
-            raise UserError(
-                f"batch_size: {config.batch_size} pairs cannot be split evenly over {self.world} ranks{parts}"
-            )
+        check_split(config, self.world)
         _start_process_group(self.world, config.engine.timeout_s, needed=self.deepspeed)
         self.accelerator = _accelerator(config, self.world)
         self.device: torch.device = self.accelerator.device

@@ -43,7 +43,8 @@ from clipkit.model.weights import weights_into
 TEXTS = ("text", "positive_text", "negative_text")
 """The roles that the text tower encodes."""
 BUCKETS = 4
-"""Parts of like length that a call's texts are encoded in."""
+"""Parts of like length that a call's texts are encoded in, if each holds enough of them:"""
+BUCKET_TEXTS, BUCKET_TEXTS_CPU = 128, 16
 CPU_PIXELS = 2**19
 """Pixels encoded at once without gradient on a CPU: the activations of more do not fit its caches (docs/log.md)."""
 
@@ -307,7 +308,8 @@ class DualEncoder(nn.Module):
         places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         lengths = ((tokens != 0) * places).amax(1)
         order = lengths.argsort(stable=True)
-        parts = order.chunk(BUCKETS if len(order) >= 128 * BUCKETS else 1)
+        least = BUCKET_TEXTS_CPU if tokens.device.type == "cpu" else BUCKET_TEXTS
+        parts = order.chunk(BUCKETS if len(order) >= least * BUCKETS else 1)
         features = [encode(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]
         return torch.cat(features)[order.argsort()]
 

@@ -227,6 +227,29 @@ def test_tower_of_fixed_length_gets_full_tokens():
         model.encode_text(model.tokenizer(["short"])[:, :5])
 
 
+def test_texts_in_parts_by_length_equal_padded_texts(model: DualEncoder):
+    """Value and gradient, with as many texts as are parted on a CPU; the words of CAPTIONS at every length."""
+    words = " ".join(CAPTIONS).split()
+    tokens = model.tokenizer([" ".join(words[start : start + 1 + start % 7]) for start in range(16 * 4)])
+    lengths = (tokens.argmax(1) + 1).tolist()
+    calls: list[list[int]] = []
+    hook = model.text_tower.register_forward_pre_hook(lambda _, some: calls.append(list(some[0].shape)))
+    model.encode_text(tokens)[:, 0].square().sum().backward()
+    hook.remove()
+    inside = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    padded = model.text_tower(torch.nn.functional.pad(tokens, (0, 24 - tokens.shape[1])))
+    torch.nn.functional.normalize(padded.float(), dim=-1)[:, 0].square().sum().backward()
+    assert [n for n, _ in calls] == [16] * 4 and [t for _, t in calls] == sorted(lengths)[15::16]
+    assert calls[0][1] < calls[-1][1]
+    for name, gradient in inside.items():
+        expected = model.get_parameter(name).grad
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(padded.float(), dim=-1)
+        torch.testing.assert_close(model.encode_text(tokens), expected, rtol=0, atol=1e-6)
+
+
 def test_a_text_that_holds_token_0_keeps_its_end(model: DualEncoder):
     """CLIP's token 0 is a "!" that does not end a word; it is also what texts are padded with."""
     texts = ["a dog !~ b", "a"]

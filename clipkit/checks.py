@@ -67,6 +67,8 @@ def cross_check(config: Config) -> list[str]:
             problems.append(f"objective.{name} needs data.views ≥ 1, got 0")
         if "local_logit" in needs and config.data.cache_image_features:
             problems.append(f"objective.{name} needs patches; data.cache_image_features keeps none of them")
+        if "image_aspects" in needs and config.model.heads.aspects.count == 0:
+            problems.append(f"objective.{name} needs model.heads.aspects.count ≥ 1, got 0")
         if "bias" in needs and config.model.bias is None:
             problems.append(f"objective.{name} needs model.bias (a number, e.g. -10), got none")
     if config.data.cache_image_features and not config.model.lock_image:

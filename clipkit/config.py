@@ -147,6 +147,13 @@ class TagHead(Section):
     """What it reads: what the image tower gives before it is projected, or the embedding."""
 
 
+class AspectHeads(Section):
+    """Several projections of each embedding, and what gives a pair its temperature (AMCL)."""
+
+    count: Count = 0
+    width: Positive = 128
+
+
 class HeadsConfig(Section):
     """Layers on top of the towers; they learn, also where the tower is locked."""
 
@@ -155,6 +162,7 @@ class HeadsConfig(Section):
     text: bool = False
     """The same of the text tower's."""
     tags: TagHead = TagHead()
+    aspects: AspectHeads = AspectHeads()
 
 
 class ModelConfig(Section):

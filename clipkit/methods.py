@@ -32,6 +32,7 @@ NEEDS = {
     "precomputed teacher": "stored embeddings of a teacher",
     "locked image": "a locked image tower",
     "tag_logits": "tags",
+    "image_aspects": "further projections",
     "label": "classes",
     "bias": "a learned bias",
     "relevance": "relevance",
@@ -235,8 +236,7 @@ ranks by the sample's id and whole in `terms.safetensors`. A run goes on with th
 data behind the ids it has to begin anew (`model.start`). `sogclr` and `fastclip` v1 take their temperature from
 `model.scale`, which stays as it is; in `isogclr` and v2 it is not used.
 
-Not here: AMCL (arXiv 2310.05615), which learns several projection heads and a small net for the temperature of every
-pair and is published without exact equations, and FG-CLIP's terms for regions, which need boxes.
+Not here: FG-CLIP's terms for regions, which need boxes.
 """
 
 TERMS_HEAD = """

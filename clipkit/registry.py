@@ -95,6 +95,7 @@ _OBJECTIVE = (
     "moving",
     "queued",
     "labels",
+    "aspects",
 )  # fmt: skip
 TERMS = Registry("term", tuple(f"clipkit.objective.{m}" for m in _OBJECTIVE))
 RULES = Registry("rule", ("clipkit.negatives.rules",))

@@ -134,6 +134,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     [
         ("objective: {igc: {}}", "objective.igc needs data.negatives ≥ 1, got 0"),
         ("objective: {distill: {}}", "objective.distill needs teacher.kind: ema, frozen or precomputed, got none"),
+        ("objective: {amcl: {}}", "objective.amcl needs model.heads.aspects.count ≥ 1, got 0"),
         ("objective: {siglip: {}}", "objective.siglip needs model.bias (a number, e.g. -10), got none"),
         (
             "objective: {triplet: {}}\ndata: {negatives: 2, negative_images: 1}",

@@ -55,7 +55,7 @@ class DualEncoder(nn.Module):
     `image_tower` gives the trunk's features [n f], `image_head` maps them to [n d] (nothing for towers that project
     themselves), `text_tower` gives [n d]. Embeddings leave in float32 at unit length, whatever the weights' type.
     A locked tower stays in eval mode (its BatchNorm never moves) and out of the graph; a head always learns. `heads`
-    hold what the config adds: projections behind the towers, a classifier of tags.
+    hold what the config adds: projections behind the towers, a classifier of tags, further projections.
     `spec`, `activation`, `tokenizer` and `preprocess` are all it takes to rebuild it: see `clipkit.model.load`.
     """
 
@@ -134,6 +134,9 @@ class DualEncoder(nn.Module):
         if self.local:
             found |= {role: F.normalize(words[..., 0, :].float(), dim=-1) for role, words in texts.items()}
             found |= self._compare(found.pop("patches"), texts, batch)
+        if "aspects" in self.heads:
+            towers = [tower for tower in ("image", "text") if found[tower] is not None]
+            found |= {f"{tower}_aspects": self.heads["aspects"](found[tower], tower) for tower in towers}
         return Embeddings(
             **found,
             valid=batch.valid,

@@ -1,7 +1,7 @@
 """`Embeddings`: what the towers hand to the objective.
 
 Axes: n pairs, k negative captions, j negative pictures, p positives (further captions), v further views, w words of the
-vocabulary of tags, d.
+vocabulary of tags, d; h further projections of width a, each with (axis b) what tells its temperature.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _ROLES = {
     "view_image": "n v d",
     "local_logit": "n",
     "negative_local_logit": "n k",
+    "image_aspects": "n h b a",
+    "text_aspects": "n h b a",
 }
 _BESIDE = {
     "valid": "n k",
@@ -61,7 +63,8 @@ class Embeddings:
     tables, so that ranks may divide work on them.
 
     `tag_logits` is what a tag head says of each picture, `tags` which words it has; where it has none, nothing is known
-    of it. `label` is the number of its class, -1 without one.
+    of it. `image_aspects` and `text_aspects` are what `clipkit.model.heads.Aspects` makes of the pairs. `label` is the
+    number of a picture's class, -1 without one.
 
     Raises UserError when the shapes do not belong together.
     """
@@ -74,6 +77,8 @@ class Embeddings:
     view_image: Float[Tensor, "n v d"] | None = None
     local_logit: Float[Tensor, " n"] | None = None
     negative_local_logit: Float[Tensor, "n k"] | None = None
+    image_aspects: Float[Tensor, "n h b a"] | None = None
+    text_aspects: Float[Tensor, "n h b a"] | None = None
     valid: Bool[Tensor, "n k"] | None = None
     positive_valid: Bool[Tensor, "n p"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
@@ -124,7 +129,7 @@ class Embeddings:
     def with_positives(self) -> Embeddings:
         """Every further caption as a pair of its own behind the others: its picture, group and class, no negatives.
 
-        Tags stay behind: they are said once of each picture.
+        Tags and aspects stay behind: they are said once of each pair.
         """
         if self.positive_text is None or self.positive_valid is None:
             return self
@@ -139,6 +144,8 @@ class Embeddings:
             "positive_valid",
             "local_logit",
             "negative_local_logit",
+            "image_aspects",
+            "text_aspects",
             "tag_logits",
             "tags",
             "teacher",

@@ -99,6 +99,8 @@ def heads_spec(config: HeadsConfig) -> Spec:
     heads: Spec = {name: {} for name in ("image", "text") if getattr(config, name)}
     if config.tags.vocabulary:
         heads["tags"] = {"on": config.tags.on, "words": list(vocabulary(config.tags.vocabulary))}
+    if config.aspects.count:
+        heads["aspects"] = config.aspects.model_dump()
     return {"heads": heads} if heads else {}
 
 

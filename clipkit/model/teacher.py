@@ -70,8 +70,8 @@ class Teacher:
             memo = {id(part): part for part in (*shared, student.tokenizer)}
             memo |= {id(tower): nn.Identity() for tower in _unneeded(student, self.roles)}  # type: ignore[misc]
             self.model = copy.deepcopy(student, memo)
-            if "tags" in self.model.heads:
-                del self.model.heads["tags"]  # nobody asks a teacher for tags
+            for name in {"tags", "aspects"} & set(self.model.heads):
+                del self.model.heads[name]  # nobody asks a teacher for these
         self.model.eval().requires_grad_(False)
         theirs = {id(tensor) for tower in shared for tensor in (*tower.parameters(), *tower.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):

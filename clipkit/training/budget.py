@@ -111,7 +111,7 @@ class Budget:
         roles = self.teacher_roles
         images = not roles or bool({"image", "negative_image"} & set(roles))
         words = not roles or any(role.endswith("text") for role in roles)
-        owned = [module for name, module in model.heads.items() if teacher.start or name != "tags"]
+        owned = [module for name, module in model.heads.items() if teacher.start or name not in ("tags", "aspects")]
         owned += [model.image] if images and not shared[0] else []
         owned += [model.image_head] if images else []
         owned += [model.text] if words and not shared[1] else []
@@ -294,6 +294,10 @@ def _embeddings(budget: Budget, pairs: int, roles: Sequence[str]) -> Embeddings:
             tables[role] = table(pairs) if role in ("image", "text") else table(pairs, count)
     if words and "view_image" in roles:
         tables["tag_logits"] = torch.randn(pairs, len(words))
+    if (aspects := budget.config.model.heads.aspects).count and "view_image" in roles:
+        tables |= {
+            f"{tower}_aspects": torch.randn(pairs, aspects.count, 2, aspects.width) for tower in ("image", "text")
+        }
     if "view_image" in roles:
         tables |= {"local_logit": torch.randn(pairs), "scale": torch.full((1,), 14.0), "bias": torch.full((1,), -10.0)}
         if budget.config.data.negatives:

@@ -133,7 +133,7 @@ def encoders(spec: Spec, *, lock_image: bool = False, lock_text: bool = False) -
 
 
 def pictures(model: Encoders) -> Encode:
-    """From normalised pixels [r 3 h w] to embeddings [r d], behind them the logits of tags, as in `DualEncoder`."""
+    """From normalised pixels [r 3 h w] to embeddings [r d], behind them what other heads make, as in `DualEncoder`."""
 
     def encode(pixels: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(model.image)):
@@ -141,10 +141,13 @@ def pictures(model: Encoders) -> Encode:
         embedded = model.image_head(features)
         embedded = model.heads["image"](embedded) if "image" in model.heads else embedded
         unit = F.normalize(embedded.float(), dim=-1)
-        if "tags" not in model.heads:
-            return unit
-        read = unit if model.spec["heads"]["tags"]["on"] == "embedding" else features
-        return torch.cat([unit, model.heads["tags"](read).float()], 1)
+        found = [unit]
+        if "aspects" in model.heads:
+            found.append(model.heads["aspects"](unit, "image").flatten(1))
+        if "tags" in model.heads:
+            read = unit if model.spec["heads"]["tags"]["on"] == "embedding" else features
+            found.append(model.heads["tags"](read).float())
+        return torch.cat(found, 1)
 
     return encode
 
@@ -156,7 +159,10 @@ def texts(model: Encoders) -> Encode:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(model.text)):
             features = model.text(read)
         features = model.heads["text"](features) if "text" in model.heads else features
-        return F.normalize(features.float(), dim=-1)
+        unit = F.normalize(features.float(), dim=-1)
+        if "aspects" not in model.heads:
+            return unit
+        return torch.cat([unit, model.heads["aspects"](unit, "text").flatten(1)], 1)
 
     return encode
 

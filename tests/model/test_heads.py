@@ -12,7 +12,7 @@ import torch
 from clipkit.config import ModelConfig, TeacherConfig
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
-from clipkit.model.load import load, save
+from clipkit.model.load import load, save, weights_into
 from clipkit.model.spec import check_start
 from clipkit.model.teacher import Teacher
 from tests.model.tiny import CAPTIONS, batch_of, tiny, tiny_resnet
@@ -138,3 +138,31 @@ def test_a_teacher_follows_projections_and_has_no_tag_head(words: str) -> None:
     torch.testing.assert_close(teacher.model.heads["image"].weight, 0.25 * torch.eye(16))
     assert teacher.embed(batch_of(16)).tag_logits is None and student(batch_of(16)).tag_logits is not None
     assert not any("tags" in name for name in teacher.state())
+
+
+def test_aspects_are_projections_of_the_embeddings() -> None:
+    """Unit length, of each tower's own layers; behind each what the one network for temperatures makes of it."""
+    model, batch = made(tiny(heads={"aspects": {"count": 3, "width": 5}})), batch_of(16)
+    z, heads = model(batch), model.heads["aspects"]
+    assert z.image_aspects.shape == z.text_aspects.shape == (4, 3, 2, 5)
+    for tower in ("image", "text"):
+        found = getattr(z, f"{tower}_aspects")
+        for number, layers in enumerate(getattr(heads, tower)):
+            seen = torch.nn.functional.normalize(layers(getattr(z, tower)), dim=1)
+            torch.testing.assert_close(found[:, number, 0], seen, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found[:, number, 1], heads.temperature(seen), rtol=0, atol=1e-6)
+    sum(x.square().sum() for x in (z.image_aspects[:, :, 1], z.text_aspects[:, :, 1])).backward()  # type: ignore[union-attr]
+    assert all(weight.grad is not None for weight in heads.parameters())
+
+
+def test_aspects_are_saved_and_left_behind(tmp_path: Path) -> None:
+    model, batch = made(tiny(heads={"aspects": {"count": 2}})).eval(), batch_of(16)
+    save(model, tmp_path)
+    again = load(tmp_path).eval()
+    assert torch.equal(again(batch).text_aspects, model(batch).text_aspects)  # type: ignore[arg-type]
+    without = build(tiny(start=str(tmp_path)))
+    check_start(tiny(start=str(tmp_path)))
+    weights_into(without, tmp_path)
+    assert torch.equal(without.eval()(batch).image, model(batch).image) and "aspects" not in without.heads
+    teacher = Teacher(model, TeacherConfig(kind="ema"), 10)
+    assert teacher.embed(batch).image_aspects is None and teacher.embed(batch).image is not None

@@ -84,6 +84,8 @@ EVERY_TERM: dict[str, dict[str, Any]] = {
     "fastclip v2": {"version": "v2", "tau": 0.15},
     "generative_negatives": {},
     "mochi": {"hardest": 3, "mixed": 4, "pulled": 2},
+    "amcl": {"least": 0.2},
+    "amcl few": {"hardest": 2, "beta": 0.3, "least": 0.05, "most": 1.0},
     "mochi plain": {"mixed": 0, "pulled": 0, "mask_same_group": False},
 }
 
@@ -159,10 +161,18 @@ def ragged(n: int = 8, k: int = 3, d: int = 6, seed: int = 0) -> Embeddings:
         tag_logits=torch.sin(3.0 * torch.arange(1, 5 * n + 1, dtype=torch.float64) + seed).reshape(n, 5) * 4,
         tags=torch.tensor([1, 0, 2, 5, 0, 1, 3, 4])[torch.arange(n) % 8, None] > torch.arange(5),
         label=torch.tensor([-1, 2, 0, 2, -1, 0, -1, 2])[torch.arange(n) % 8],
+        image_aspects=aspects(other, n),
+        text_aspects=aspects(other, n),
         scale=torch.tensor([9.0], dtype=torch.float64),
         bias=torch.tensor([-3.0], dtype=torch.float64),
         teacher=Embeddings(unit(g, n, d), unit(g, n, d), unit(g, n, k, d)),
     )
+
+
+def aspects(generator: torch.Generator, n: int, heads: int = 2, width: int = 3) -> Tensor:
+    """Projections at unit length, and numbers that temperatures come from."""
+    raw = torch.randn(n, heads, width, generator=generator, dtype=torch.float64)
+    return torch.stack([unit(generator, n, heads, width), raw], 2)
 
 
 def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
@@ -175,7 +185,8 @@ def orthonormal(n: int = 4, k: int = 2, scale: float = 7.0) -> Embeddings:
 def leaves(z: Embeddings, *, teacher: bool = False) -> list[Tensor]:
     """Make every table (and scale and bias) a leaf with gradient; returns them. With `teacher`, the teacher's too."""
     tables = [z.image, z.text, z.negative_text, z.scale, z.bias, z.negative_image]
-    tables += [z.view_image, z.local_logit, z.negative_local_logit, z.tag_logits]
+    tables += [z.view_image, z.local_logit, z.negative_local_logit, z.image_aspects, z.text_aspects]
+    tables += [z.tag_logits]
     if teacher and z.teacher:
         tables += [z.teacher.image, z.teacher.text, z.teacher.negative_text]
     return [x.requires_grad_() for x in tables if isinstance(x, Tensor)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -371,6 +372,30 @@ def mochi(p: Pairs, hardest: int = 1024, mixed: int = 1024, pulled: int = 128, m
     return total / (2 * len(p.rows))
 
 
+def amcl(
+    p: Pairs,
+    hardest: int = 100,
+    beta: float = 1e-4,
+    least: float = 1e-5,
+    most: float = 2.0,
+    mask_same_group: bool = True,
+) -> float:
+    total = 0.0
+    for head, (one, other) in product(range(2), ((0, 1), (1, 0))):
+        x, y = ([row[head] for row in p.seen[side]] for side in (one, other))
+        for i in p.rows:
+
+            def tau(j: int, i: int = i, x: list = x, y: list = y) -> float:
+                return least + (most - least) / (1 + math.exp(dot(x[i][1], y[j][1])))
+
+            hard = sorted(p.rivals(i, mask_same_group), key=lambda j: -dot(x[i][0], y[j][0]))[:hardest]
+            total -= dot(x[i][0], y[i][0]) / tau(i)
+            total += sum(dot(x[i][0], y[j][0]) / tau(j) for j in hard) / max(1, len(hard))
+            total += beta * (3 / 2 * math.log(tau(i)) + 1 / tau(i))
+            total -= beta * sum(math.log(tau(j)) + 1 / tau(j) for j in hard)
+    return total / (2 * len(p.rows))
+
+
 def structure(p: Pairs, smooth: bool = False, reference_batch: int = 512) -> float:
     total, pairs = 0.0, [(i, j) for i in p.rows for j in p.rows if i < j]
     for i, j in pairs:
@@ -403,7 +428,7 @@ TERMS = {
         generative_negatives, mochi,
         oracle_labels.stc, oracle_labels.class_similarity, oracle_labels.spurious,
         structure, paraphrase,
-        fsc_local, tcl_views, groco,
+        fsc_local, tcl_views, groco, amcl,
     )
 }  # fmt: skip
 

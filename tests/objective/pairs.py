@@ -41,6 +41,7 @@ class Pairs:
             worse = zip(z.negative_local_logit.tolist(), z.valid.tolist())
             self.local_n = [[x for x, ok in zip(r, o) if ok] for r, o in worse]
         self.views = [] if z.view_image is None else z.view_image.transpose(0, 1).tolist()
+        self.seen = [[] if x is None else x.tolist() for x in (z.image_aspects, z.text_aspects)]
         self.bias = 0.0 if z.bias is None else float(z.bias)
         self.rows = range(len(self.v))
         if z.teacher is not None:

@@ -110,6 +110,7 @@ def test_gradcheck(case: str):
 USED = {
     **dict.fromkeys(("triplet", "generative_negatives", "spurious"), ("negative_image",)),
     "stc": ("tag_logits",),
+    "amcl": ("image_aspects", "text_aspects"),
     "fsc_local": ("local_logit", "negative_local_logit"),
     **dict.fromkeys(("mv_infonce", "mv_dhel", "tcl_views", "groco"), ("view_image",)),
 }
@@ -386,7 +387,7 @@ def test_half_precision_is_computed_in_full(case: str):
 
 
 ROLES = ("image", "text", "negative_text", "negative_image", "view_image", "local_logit", "negative_local_logit")
-ROLES += ("tag_logits",)
+ROLES += ("image_aspects", "text_aspects", "tag_logits")
 
 
 def extreme(kind: str, dtype: torch.dtype) -> Embeddings:

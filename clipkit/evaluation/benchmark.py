@@ -34,21 +34,26 @@ class Source(Section):
 
 
 class Mean(Section):
-    """An aggregate that averages accuracies: of named aggregates or categories, or over the values of a field."""
+    """An aggregate that averages accuracies: of named aggregates or categories, or over the values of a field.
+
+    With `together`, of rows that count only all at once.
+    """
 
     mean: Names | None = None
     """Aggregates or categories, each counting once."""
     over: str | None = None
     """A row field (`category`, `group`, `meta.relation`, …), each of its values counting once."""
+    together: str | None = None
+    """A row field each of whose values is right if all of its rows are (What'sUp's pairs and sets)."""
     min_count: int = 1
     """With `over`: values with fewer rows are left out."""
     exclude: list[str] = []
-    """With `over`: values left out."""
+    """With `over` and `together`: values left out."""
 
     @model_validator(mode="after")
     def _one(self) -> Mean:
-        if (self.mean is None) == (self.over is None):
-            raise ValueError("give either mean: [names] or over: field")
+        if sum(given is not None for given in (self.mean, self.over, self.together)) != 1:
+            raise ValueError("give one of mean: [names], over: field, together: field")
         return self
 
 

@@ -22,7 +22,7 @@ from clipkit.data.build import encode_jpeg
 from clipkit.data.files import Files
 from clipkit.data.shards import write_atomic
 from clipkit.errors import UserError, did_you_mean
-from clipkit.evaluation import published
+from clipkit.evaluation import published, published_more
 from clipkit.evaluation.benchmark import load
 from clipkit.evaluation.converted import Converted, components, json_named, one_picture, two_by_two
 from clipkit.evaluation.fetch import fetch
@@ -198,6 +198,8 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
         published.vsr_random, published.bivlc, published.cola, published.colorswap, published.winoground,
         published.nlvr, published.nlvr_pairs, published.vg_relation, published.vg_attribution, published.whatsup,
         published.svo_probes,
+        published_more.mmvp_vlm, published_more.eqben, published_more.crepe, published_more.vl_checklist,
+        published_more.inpaint_coco,
     )
 }  # fmt: skip
 

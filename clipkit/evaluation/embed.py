@@ -26,7 +26,10 @@ Item = TypeVar("Item")
 
 
 class Model(Protocol):
-    """All that evaluation asks of a model; rows need not have unit length. `scale` is used where there is one."""
+    """All that evaluation asks of a model; rows need not have unit length.
+
+    `scale` is used where there is one, and `texts_at_once` where the model makes batches of texts itself.
+    """
 
     def embed_images(self, images: list[Any], /) -> Any:
         """PIL pictures -> n d."""
@@ -102,7 +105,9 @@ class Embedder:
         return encode_pictures(self.model, pictures, self.open, self.batch_size, self.threads)
 
     def _encode_texts(self, texts: list[str]) -> Iterator[Array]:
-        for batch in _batches(texts, 4 * self.batch_size):
+        # A model that sorts texts by their tokens can do so the better the more it is given.
+        at_once = getattr(self.model, "texts_at_once", 4 * self.batch_size)
+        for batch in _batches(texts, at_once):
             yield _unit(self.model.embed_texts(batch), len(batch), "texts")
 
 

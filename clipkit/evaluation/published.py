@@ -252,12 +252,15 @@ def whatsup(files: Files) -> Converted:
     `{coco,vg}_qa_{one,two}_obj.json` (one of two).
     """
     rows = []
-    for kind, file in (("controlled_a", "controlled_images"), ("controlled_b", "controlled_clevr")):
+    for side, file in (("a", "controlled_images"), ("b", "controlled_clevr")):
+        kind = f"controlled_{side}"
         for number, item in enumerate(json_named(files, f"{file}_dataset.json")):
             path = "/".join(PurePosixPath(item["image_path"]).parts[-2:])
             texts = item["caption_options"]
             row = one_picture(f"{kind}/{number}", kind, "whatsup", path, texts, [1] + [0] * (len(texts) - 1))
-            rows.append(row)
+            first, place, *_, last = PurePosixPath(path).stem.split("_")  # mug_left_of_plate, mug_on_plate
+            axis = "sides" if place in ("left", "right") else "other"
+            rows.append(row | {"meta": {f"set_{side}": f"{first}/{last}", f"pair_{side}": f"{first}/{last}/{axis}"}})
     for photos, src, digits in (("coco", COCO, 12), ("vg", "visual_genome", 0)):
         for count in ("one", "two"):
             for number, (image, *texts) in enumerate(json_named(files, f"{photos}_qa_{count}_obj.json")):

@@ -33,16 +33,20 @@ class Table:
 
     def metrics(self, credits: Credits) -> dict[str, Metric]:
         """`score/aggregate` -> Metric. An aggregate is left out where a part of it has no row the score suits."""
-        return {f"{score}/{name}": self._metric(score, c, pools) for score, name, c, pools in self._all(credits)}
+        return {
+            f"{s}/{name}": _metric(c, pools, guess, self.resampler) for s, name, c, guess, pools in self._all(credits)
+        }
 
     def values(self, credits: Credits) -> dict[str, float]:
         """`score/aggregate` -> value alone."""
-        return {f"{score}/{name}": mean(c, pools) for score, name, c, pools in self._all(credits)}
+        return {f"{score}/{name}": mean(c, pools) for score, name, c, _, pools in self._all(credits)}
 
     def by(self, field: str, credits: Credits) -> dict[str, dict[str, Metric]]:
         """Value of a row field -> score -> Metric."""
         return {
-            value: {s: self._metric(s, credits[s], [(1.0, pool)]) for s, pool in scores.items()}
+            value: {
+                s: _metric(credits[s], [(1.0, pool)], self._chance(s), self.resampler) for s, pool in scores.items()
+            }
             for value, scores in self._split(field, credits).items()
         }
 
@@ -53,11 +57,32 @@ class Table:
             for value, scores in self._split(field, credits).items()
         }
 
-    def _all(self, credits: Credits) -> list[tuple[str, str, Array, Pools]]:
+    def _all(self, credits: Credits) -> list[tuple[str, str, Array, Array, Pools]]:
+        """(score, aggregate, credit and chance of every row, pools) of all aggregates that have rows."""
         several = ["macro"] if len(self._field("category")) > 1 else []
         names = ["micro", *several, *self.benchmark.aggregates]
-        made = [(score, name, c, self._pools(name, ~np.isnan(c))) for score, c in credits.items() for name in names]
-        return [entry for entry in made if entry[3]]
+        made = []
+        for score, credit in credits.items():
+            for name in names:
+                spec = self.benchmark.aggregates.get(name)
+                if isinstance(spec, Mean) and spec.together:
+                    made.append((score, name, *self._together(spec, credit, self._chance(score))))
+                else:
+                    made.append((score, name, credit, self._chance(score), self._pools(name, ~np.isnan(credit))))
+        return [entry for entry in made if entry[4]]
+
+    def _together(self, spec: Mean, credit: Array, guess: Array) -> tuple[Array, Array, Pools]:
+        """The first row of every value stands for all of them; values that lack rows are left out."""
+        values = [
+            mask & ~np.isnan(credit) for v, mask in self._field(spec.together or "").items() if v not in spec.exclude
+        ]
+        sizes = [int(mask.sum()) for mask in values]
+        joint, joint_guess, first = credit.copy(), guess.copy(), np.zeros(len(credit), dtype=bool)
+        for mask, size in zip(values, sizes, strict=True):
+            if size and size == max(sizes):
+                at = int(mask.argmax())
+                joint[at], joint_guess[at], first[at] = credit[mask].prod(), guess[mask].prod(), True
+        return joint, joint_guess, _filled([(1.0, first)])
 
     def _pools(self, name: str, known: Bool[Array, " n"]) -> Pools:
         """The pools of an aggregate or category among the `known` rows; none where a part of it is empty."""
@@ -89,10 +114,6 @@ class Table:
             value: {s: pool for s, c in credits.items() if (pool := mask & ~np.isnan(c)).any()}
             for value, mask in self._field(field).items()
         }
-
-    def _metric(self, score: str, credit: Array, pools: Pools) -> Metric:
-        n = int(np.logical_or.reduce([mask for _, mask in pools]).sum())
-        return Metric(*mean_interval(credit, pools, self.resampler), n, mean(self._chance(score), pools))
 
     def _chance(self, score: str) -> Float[Array, " n"]:
         if score not in self._chances:
@@ -130,6 +151,11 @@ class Table:
             for part in wanted:
                 if part not in valid:
                     raise UserError(f"{self.benchmark.name}: aggregates.{name}: no {part}{did_you_mean(part, valid)}")
+
+
+def _metric(credit: Array, pools: Pools, guess: Array, resampler: Resampler) -> Metric:
+    n = int(np.logical_or.reduce([mask for _, mask in pools]).sum())
+    return Metric(*mean_interval(credit, pools, resampler), n, mean(guess, pools))
 
 
 def mean(values: Float[Array, " n"], pools: Pools) -> float:

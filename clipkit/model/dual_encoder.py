@@ -45,6 +45,8 @@ TEXTS = ("text", "positive_text", "negative_text")
 BUCKETS = 4
 """Parts of like length that a call's texts are encoded in, if each holds enough of them:"""
 BUCKET_TEXTS, BUCKET_TEXTS_CPU = 128, 16
+TEXTS_AT_ONCE = 2048
+"""Texts that `embed_texts` is best given at once: it sorts them by length and encodes them in smaller batches."""
 CPU_PIXELS = 2**19
 """Pixels encoded at once without gradient on a CPU: the activations of more do not fit its caches (docs/log.md)."""
 
@@ -70,6 +72,11 @@ class DualEncoder(nn.Module):
         self.bias = None if parts.bias is None else nn.Parameter(torch.tensor([float(parts.bias)]))
         self.image_locked = self.text_locked = False
         self.local = self.recomputes = False
+
+    @property
+    def texts_at_once(self) -> int:
+        """How many texts the caller of `embed_texts` does well to collect."""
+        return TEXTS_AT_ONCE
 
     @property
     def activation(self) -> str:
@@ -307,9 +314,7 @@ class DualEncoder(nn.Module):
 
     def _by_length(self, tokens: Int64[Tensor, "n t"], encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts of like length at a time: the same values, without most of the padding."""
-        # Not the number of tokens other than 0: CLIP's token 0 is a real one, a "!" inside a word.
-        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        lengths = ((tokens != 0) * places).amax(1)
+        lengths = _lengths(tokens)
         order = lengths.argsort(stable=True)
         least = BUCKET_TEXTS_CPU if tokens.device.type == "cpu" else BUCKET_TEXTS
         parts = order.chunk(BUCKETS if len(order) >= least * BUCKETS else 1)
@@ -331,10 +336,11 @@ class DualEncoder(nn.Module):
         if self.reads_features:
             features = self._embedder.embed_texts(texts, batch_size).to(self.log_scale.device)
             return self._embed(features, batch_size, self.encode_features)
-        # Texts of like length go together, so that short ones carry little padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        embedded = self._embed([texts[i] for i in order], batch_size, lambda some: self.encode_text(self._tokens(some)))
-        return torch.empty_like(embedded).index_copy_(0, torch.tensor(order, dtype=torch.long), embedded)
+        # Texts of as many tokens go together, so that hardly any carries padding.
+        tokens = self.tokenizer(list(texts)).to(self.log_scale.device)
+        order = _lengths(tokens).argsort(stable=True)
+        embedded = self._embed(tokens[order], batch_size, self.encode_text)
+        return torch.empty_like(embedded).index_copy_(0, order.cpu(), embedded)
 
     def _embed(self, items: Any, size: int, encode: Callable[[Any], Tensor]) -> Float[Tensor, "n d"]:
         """`encode` over the items, `size` at a time, in eval mode without gradient; the mode is restored."""
@@ -350,9 +356,6 @@ class DualEncoder(nn.Module):
 
     def _pixels(self, images: Sequence[Any]) -> UInt8[Tensor, "n c h w"]:
         return torch.stack([load_pixels(image, self.preprocess) for image in images]).to(self.log_scale.device)
-
-    def _tokens(self, texts: Sequence[str]) -> Int64[Tensor, "n t"]:
-        return self.tokenizer(list(texts)).to(self.log_scale.device)
 
 
 def build(config: ModelConfig) -> DualEncoder:
@@ -411,6 +414,12 @@ def load_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "3 s s"]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(f"a picture should be a uint8 array (h w 3), found {array.dtype} {array.shape}")
     return fit(torch.tensor(array).permute(2, 0, 1), preprocess)
+
+
+def _lengths(tokens: Int64[Tensor, "n t"]) -> Int64[Tensor, " n"]:
+    # Not the number of tokens other than 0: CLIP's token 0 is a real one, a "!" inside a word.
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return ((tokens != 0) * places).amax(1)
 
 
 def _dropout_keys(id: Int64[Tensor, " n"], counts: list[int]) -> Int64[Tensor, " m"]:

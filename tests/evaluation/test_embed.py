@@ -121,3 +121,12 @@ def test_greyscale_and_transparent_pictures_become_rgb(tmp_path):
     Image.new("RGBA", (4, 4), (9, 8, 7, 0)).save(tmp_path / "clear.png")
     embedder = Embedder(Random(), Roots({"here": tmp_path}))
     assert {embedder.open(Picture("here", name)).mode for name in ("grey.png", "clear.png")} == {"RGB"}
+
+
+def test_a_model_that_makes_batches_itself_gets_many_texts():
+    model = Random()
+    Embedder(model, Roots(), batch_size=1).texts([str(n) for n in range(9)])
+    assert max(model.batches) == 4
+    model.batches, model.texts_at_once = [], 100  # type: ignore[attr-defined]
+    Embedder(model, Roots(), batch_size=1).texts([str(n) for n in range(9)])
+    assert model.batches == [9]

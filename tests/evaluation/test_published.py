@@ -191,6 +191,7 @@ FORMS = {
     "pair": ((1, 0),),
     "four": ((1, 0, 0, 0),),
     "five": ((1, 0, 0, 0, 0),),
+    "six": ((1, 0, 0, 0, 0, 0),),
     "two right": ((1, 1, 0),),
     "winoground": ((1, 0), (0, 1)),
     "pictures": ((1,), (0,)),
@@ -227,6 +228,11 @@ OFFICIAL = [
     ("cola", "winoground", "t2i", image_score),
     ("svo_probes", "pictures", "t2i", lambda s: s[0][0] > s[1][0]),
     ("nlvr_pairs", "pictures", "t2i", lambda s: s[0][0] > s[1][0]),
+    ("mmvp_vlm", "winoground", "t2i", image_score),  # its script lets the second statement win ties
+    ("eqben", "winoground", "group", lambda s: text_score(s) and image_score(s)),
+    ("crepe", "six", "i2t", lambda s: s[0][0] > max(s[0][1:])),
+    ("vl_checklist", "pair", "i2t", lambda s: s[0][0] > s[0][1]),
+    ("inpaint_coco", "winoground", "group", lambda s: text_score(s) and image_score(s)),
 ]
 TIES_ARE_RIGHT = {"coco_order", "flickr30k_order", "whatsup"}
 

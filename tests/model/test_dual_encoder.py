@@ -194,6 +194,16 @@ def test_texts_come_back_in_the_order_given(model: DualEncoder):
     torch.testing.assert_close(model.embed_texts(texts, batch_size=5), one_by_one, rtol=0, atol=1e-6)
 
 
+def test_texts_of_one_batch_are_as_long_as_each_other(model: DualEncoder):
+    """Letters and tokens are not in step: what counts is the tokens."""
+    texts = ["a b c d e f", "extraordinarily unremarkable", "dog", "internationalisation", "cat", "g h i j k l"]
+    seen: list[tuple[int, ...]] = []
+    model.text_tower.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    model.embed_texts(texts, batch_size=2)
+    lengths = sorted(int((model.tokenizer([text]) != 0).sum()) for text in texts)
+    assert seen == [(2, longest) for longest in lengths[1::2]]
+
+
 def test_embedding_restores_the_mode_and_returns_ordinary_tensors(model: DualEncoder):
     model.train()
     texts = model.embed_texts(CAPTIONS)

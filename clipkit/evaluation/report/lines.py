@@ -152,6 +152,8 @@ def _members(result: Result, key: str) -> str:
     if isinstance(spec, list):
         return f"rows of {', '.join(spec)}"
     if spec:
+        if spec.get("together"):
+            return f"right only with all rows of the same {spec['together']}"
         return f"mean of {', '.join(spec['mean'])}" if spec["mean"] else f"mean over {spec['over']}"
     return ""
 

@@ -6,7 +6,9 @@ has saved (`guard.requeue_code`) from one that failed, or a mistake in the confi
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -19,11 +21,20 @@ def main() -> None:
         run.main()
     except ChildFailedError as error:
         print(error, file=sys.stderr)
-        _, first = error.get_first_failure()
-        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+        sys.exit(_status(error))
     except SignalException as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.sigval)
+
+
+def _status(error: Any) -> int:
+    """Of the rank that failed first; where it was on its way out and killed by us, of one that ended because of it."""
+    _, first = error.get_first_failure()
+    codes = [failure.exitcode for failure in error.failures.values()]
+    code = first.exitcode
+    if code == -signal.SIGTERM:
+        code = next((other for other in codes if other > 0), code)
+    return code if code > 0 else 128 - code
 
 
 if __name__ == "__main__":

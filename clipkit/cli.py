@@ -1,7 +1,8 @@
 """The command line. Nothing heavy is imported before a command runs, so `clipkit --help` is instant.
 
 Exit status: 0 success; 2 the user's mistake, one message on standard error; 130 interrupted; 1 ours, with a traceback;
-`guard.requeue_code` (75) a training that was told to stop and has saved.
+`guard.requeue_code` (75) a training that was told to stop and has saved; a rank that ends because another failed ends
+with that one's status.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 import clipkit
 from clipkit.commands import data, evaluation, launch, planning, runs
-from clipkit.errors import Stopped, UserError
+from clipkit.errors import PeerFailed, Stopped, UserError
 
 
 class Commands(TyperGroup):
@@ -27,9 +28,9 @@ class Commands(TyperGroup):
         except UserError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(2) from None
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            raise typer.Exit(stopped.code) from None
+        except (Stopped, PeerFailed) as ended:
+            print(ended, file=sys.stderr)
+            raise typer.Exit(ended.code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

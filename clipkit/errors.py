@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, the one for a run told to stop, and the nearest valid name."""
+"""The one exception for a user's mistake, those for a run told to stop and a rank left alone; the nearest name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run was told to stop, has saved and can be resumed; `code` is the exit status that says so."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class PeerFailed(Exception):
+    """Another rank has failed first, and this one ends with it; `code` is the exit status of that one."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)

@@ -20,6 +20,7 @@ Environment
   NPROC         ranks on this node                                                          (default one a GPU)
   NODE_RANK     0 on MASTER_ADDR, another number elsewhere; only where a node does not know the name it is called by
   JOIN_S        seconds to wait for MASTER_ADDR and for enough nodes                        (default 600)
+  LAST_CALL_S   seconds to wait for more nodes than MIN, when that many are there           (default 30)
   RESTARTS      rounds after the first                                                      (default 3)
   PYTHON, OMP_NUM_THREADS
 TEXT
@@ -34,6 +35,7 @@ if [ $# -eq 0 ]; then usage >&2; exit 2; fi
 processes=${NPROC:-$(accelerators)}
 prepare "$processes"
 meeting="join_timeout=${JOIN_S:-600},read_timeout=${JOIN_S:-600}"
+if [ -n "${LAST_CALL_S:-}" ]; then meeting+=",last_call_timeout=$LAST_CALL_S"; fi
 if [ -n "${NODE_RANK:-}" ]; then meeting+=",is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)"; fi
 
 exec "$PYTHON" -m clipkit.agent \

@@ -23,6 +23,7 @@ from clipkit.evaluation.run import evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
+from clipkit.training.alarm import Alarm
 from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
 from clipkit.training.engine import Engine
 from clipkit.training.features import cached_features
@@ -38,6 +39,16 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """
     folder = _open_run(config, resume)
     engine = Engine(config)
+    with Alarm():
+        last = _train(config, engine, folder, resume)
+        engine.close()
+    if last < config.steps:
+        raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
+    return folder
+
+
+def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
+    """The run itself; returns the last step, which is saved."""
     _seed(config.seed)
     index, plan = open_data(config)
     model = build(config.model)
@@ -88,10 +99,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
                 log.evaluation(last, _evaluate(config, engine.bare, folder))
         if start < last:
             checkpoints.save(last)
-    engine.close()
-    if last < config.steps:
-        raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
-    return folder
+    return last
 
 
 def _open_run(config: Config, resume: bool) -> Path:

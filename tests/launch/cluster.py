@@ -83,7 +83,7 @@ class Cluster:
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """A running cluster whose files lie in `folder`; stopped in the end, jobs and all."""
-    controller, first, second = _ports(3)
+    controller, first, second = free_ports(3)
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     text = CONFIG.format(folder=folder, controller=controller, first=first, second=second)
@@ -124,7 +124,7 @@ def _states(running: Cluster) -> str:
     return "idle" if found == ["idle", "idle"] else ""
 
 
-def _ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

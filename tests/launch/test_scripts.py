@@ -91,6 +91,12 @@ def test_a_numbered_node_knows_whether_all_meet_there(interpreter: Path, number:
     assert f"--rdzv-conf join_timeout=9,read_timeout=9,is_host={host} " in arguments
 
 
+def test_a_run_that_may_shrink_waits_as_long_as_it_is_told(interpreter: Path) -> None:
+    arguments, _ = asked("torchrun.sh", "degla", PYTHON=str(interpreter), NNODES="1:2", JOIN_S="9", LAST_CALL_S="3")
+    assert "--nnodes 1:2 " in arguments
+    assert "--rdzv-conf join_timeout=9,read_timeout=9,last_call_timeout=3 " in arguments
+
+
 def test_slurm_finds_what_it_shares_where_it_is_told(interpreter: Path, tmp_path: Path) -> None:
     for name, does in {
         "srun": 'shift; exec env SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=1 "$@"',

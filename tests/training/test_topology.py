@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from clipkit import config as configuration
+from clipkit.data.batch import Batch
 from clipkit.data.build import write_shards
 from clipkit.data.mixture import open_data
+from clipkit.errors import PeerFailed
+from clipkit.model.embeddings import Embeddings
+from clipkit.training.engine import Engine
+from clipkit.training.loop import train
+from tests.ranks import RankError, run_ranks
 from tests.training.conftest import degla_tree, tiny_samples
+from tests.training.planted import EMBED
 from tests.training.runs import finish, kill, launch, losses, pulls, samples, train_ranks, weights
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -109,18 +121,46 @@ def steps_logged(folder: Path) -> int:
     return samples(folder).count("\n") if (folder / "samples.jsonl").is_file() else 0
 
 
-@pytest.mark.slow
-def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
-    """Two ranks killed fifty times at random moments: samples and losses are those of a run left in peace.
+def _killed(path: str, at: int, rank: int, world: int) -> None:
+    """Go on with the run; its last rank is killed in the step of number `at` from there."""
+    steps = 0
+
+    def embed(engine: Engine, batch: Batch) -> Embeddings:
+        nonlocal steps
+        steps += 1
+        if steps == at and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return EMBED(engine, batch)
+
+    Engine.embed = embed
+    train(configuration.load(path), resume=True)
+
+
+def test_killed_on_two_ranks_resumed_on_one_and_back(alone: Path, tiny_tree: dict, tmp_path: Path):
+    """Whatever number of ranks goes on from the newest checkpoint, it is the run of one process left in peace."""
+    path, folder = tmp_path / "run.yaml", tmp_path / "runs" / "tiny"
+    path.write_text(yaml.safe_dump(tiny_tree | {"save_every": 16 * 2, "engine": {"timeout_s": 60}}))
+    for ranks, at in ((2, 6), (1, 4), (2, 5), (1, 6)):
+        with pytest.raises((RankError, PeerFailed, RuntimeError)):
+            run_ranks(partial(_killed, str(path), at), ranks, timeout_s=60)
+    assert 10 <= steps_logged(folder) < 20
+    run_ranks(partial(_killed, str(path), 0), 2, timeout_s=60)
+    assert samples(folder) == samples(alone)
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def kill_often(tree: dict, folder: Path, ranks: Callable[[random.Random], int]) -> tuple[Path, Path]:
+    """The folders of a run on two ranks left in peace, and of one killed fifty times at random moments.
 
     One in five dies while it starts, the others within a few steps of where they went on, also while they save.
+    `ranks`: how many go on each time.
     """
     rng = random.Random(0)
-    tree = tiny_tree | {"samples": 16 * 500, "save_every": 16 * 2, "engine": {"kind": "ddp"}}
-    finish(launch(tree | {"name": "peace"}, tmp_path / "peace.yaml", ranks=2))
-    peace, war = (tmp_path / "runs" / name for name in ("peace", "war"))
+    tree = tree | {"save_every": 16 * 2, "engine": {"kind": "ddp"}}
+    finish(launch(tree | {"name": "peace"}, folder / "peace.yaml", ranks=2))
+    peace, war = (folder / "runs" / name for name in ("peace", "war"))
     for _ in range(50):
-        process = launch(tree | {"name": "war"}, tmp_path / "war.yaml", ranks=2, resume=True)
+        process = launch(tree | {"name": "war"}, folder / "war.yaml", ranks=ranks(rng), resume=True)
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0.5, 6))
         else:
@@ -130,7 +170,22 @@ def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
             time.sleep(rng.uniform(0, 0.3))
         assert process.poll() is None, "the run was over, or had failed, before it was killed"
         kill(process)
-    assert steps_logged(war) < 500
-    finish(launch(tree | {"name": "war"}, tmp_path / "war.yaml", ranks=2, resume=True))
+    assert steps_logged(war) < tree["samples"] // 16
+    finish(launch(tree | {"name": "war"}, folder / "war.yaml", ranks=ranks(rng), resume=True))
+    return peace, war
+
+
+@pytest.mark.slow
+def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
+    """Two ranks: samples and losses are those of a run left in peace."""
+    peace, war = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: 2)
     assert samples(war) == samples(peace)
     assert losses(war) == losses(peace)
+
+
+@pytest.mark.slow
+def test_fifty_kills_on_one_rank_and_on_two(tiny_tree: dict, tmp_path: Path):
+    """One rank goes on where two were killed, and two where one was: the same samples, the losses to rounding."""
+    peace, war = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: rng.randint(1, 2))
+    assert samples(war) == samples(peace)
+    assert losses(war) == pytest.approx(losses(peace), abs=1e-5)

@@ -86,6 +86,8 @@ def cross_check(config: Config) -> list[str]:
     problems += _check_captions(config.data) + _check_sources(config.data)
     if config.engine.checkpoint_activations and config.model.lock_image and config.model.lock_text:
         problems.append("engine.checkpoint_activations: both towers are locked, nothing is kept for a backward pass")
+    if config.engine.kind != "deepspeed" and config.engine.zero_stage != 1:
+        problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {config.engine.kind}")
     if config.optim.kind == "lion" and config.optim.eps is not None:
         problems.append("optim.eps: belongs to optim.kind: adamw; lion divides by nothing")
     if config.samples < config.batch_size:

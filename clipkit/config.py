@@ -232,8 +232,8 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How a step is carried out; the world size comes from the launcher (torchrun)."""
 
-    kind: Literal["ddp", "deepspeed"] = "ddp"
-    """`ddp` also covers a single process."""
+    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """`ddp` also covers a single process; `fsdp` divides weights, gradients and moments among ranks."""
     zero_stage: Literal[1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1

@@ -88,3 +88,23 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value)
     return out
+
+
+def whole(x: Any) -> Tensor:
+    """`x` in full where it is divided among ranks, which then ask together; else itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def part(x: Any) -> Tensor:
+    """This rank's part of `x` where it is divided among ranks, else all of it; the same memory."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def fill(x: Any, value: Tensor) -> None:
+    """Copy the full `value` into `x`, which may be divided among ranks. No word is exchanged, no gradient recorded."""
+    with torch.no_grad():
+        if hasattr(x, "to_local") and not hasattr(value, "to_local"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
+        part(x).copy_(part(value))

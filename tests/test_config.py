@@ -141,6 +141,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
             "objective.triplet needs data.negative_images: 2 (a picture for each of data.negatives), got 1",
         ),
         ("objective: {}", "objective: needs at least one term"),
+        ("engine: {zero_stage: 2}", "engine.zero_stage: belongs to engine.kind: deepspeed, got ddp"),
         ("samples: 10", "samples: 10 is less than one batch (256)"),
         (
             "adversary: {eps: 1}\nmodel: {lock_image: true}",

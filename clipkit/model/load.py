@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from clipkit.data.decode import Preprocess
 from clipkit.errors import UserError
@@ -23,8 +24,11 @@ from clipkit.model.weights import weights_into
 __all__ = ["build", "load", "load_checkpoint", "save", "weights_into"]
 
 
-def save(model: DualEncoder, folder: str | Path, **extra: Any) -> None:
-    """Write model.safetensors and model.json (with the JSON-able `extra` beside), each whole or not at all."""
+def save(model: DualEncoder, folder: str | Path, weights: dict[str, Tensor] | None = None, **extra: Any) -> None:
+    """Write model.safetensors and model.json (with the JSON-able `extra` beside), each whole or not at all.
+
+    `weights`: the model's tensors, where it does not hold them in full itself.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -40,9 +44,10 @@ def save(model: DualEncoder, folder: str | Path, **extra: Any) -> None:
         "preprocess": model.preprocess.to_dict(),
         **extra,
     }
+    weights = model.state_dict() if weights is None else weights
     # Copies: towers may share storage, which safetensors refuses. The activation goes wherever the weights go; alone,
     # because safetensors writes several entries in random order and equal models should be equal files.
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
     save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": model.activation})
     os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
     (folder / f".{MODEL}.partial").write_text(json.dumps(about, indent=1))
@@ -83,6 +88,15 @@ def _load(ref: str) -> DualEncoder:
     if "/" in name and name.replace("/", "-") not in open_clip.list_models():
         raise UserError(f"{ref}: no such file or folder")
     return DualEncoder(from_open_clip(ref))
+
+
+def alike(model: DualEncoder) -> DualEncoder:
+    """A model of the same architecture, its weights as they begin; no random number is drawn."""
+    with torch.random.fork_rng(devices=[]):
+        towers = build_towers(model.spec)
+    bias = None if model.bias is None else 0.0
+    parts = Parts(model.spec, towers, model.tokenizer, model.preprocess, bias=bias)
+    return DualEncoder(parts, scale_max=model.scale_max)
 
 
 def load_checkpoint(folder: str | Path) -> DualEncoder:

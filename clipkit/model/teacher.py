@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit import distributed
 from clipkit.checks import ROLES, teacher_roles
 from clipkit.config import TeacherConfig
 from clipkit.data.batch import Batch
@@ -130,8 +131,9 @@ class Teacher:
             return
         mine, theirs = self._tensors(self.model), self._tensors(student)
         moving = [name for name in self._own if mine[name].is_floating_point()]
-        targets = [theirs[name].float() for name in moving]
-        torch._foreach_lerp_([mine[name] for name in moving], targets, 1 - self.decay_at(step))  # pyright: ignore
+        own = [distributed.part(mine[name]) for name in moving]
+        targets = [distributed.part(theirs[name]).float() for name in moving]
+        torch._foreach_lerp_(own, targets, 1 - self.decay_at(step))  # pyright: ignore
         for name in set(self._own) - set(moving):
             mine[name].copy_(theirs[name])
 
@@ -142,9 +144,9 @@ class Teacher:
         return 0.5 ** (self._warmup / (self._half_life * step))
 
     def state(self) -> dict[str, Tensor]:
-        """The teacher's own tensors, for safetensors; what it shares with the student is left out."""
+        """The teacher's own tensors, for safetensors; what it shares with the student is left out. All ranks ask."""
         tensors = self._tensors(self.model)
-        return {name: tensors[name].detach().cpu().contiguous() for name in self._own}
+        return {name: distributed.whole(tensors[name].detach()).cpu().contiguous() for name in self._own}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -154,7 +156,7 @@ class Teacher:
             odd = sorted(state.keys() ^ set(self._own)) or [n for n in state if tensors[n].shape != state[n].shape]
             raise UserError(f"teacher: the saved one is of another architecture, e.g. {odd[0]}")
         for name, value in state.items():
-            tensors[name].copy_(value)
+            distributed.fill(tensors[name], value)
 
 
 class StoredEmbeddings(nn.Module):

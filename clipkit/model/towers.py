@@ -5,6 +5,7 @@ Axes: n pictures or texts, c h w pixels, t tokens, f trunk features, d embedding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from clipkit.model.spec import Spec
 
 HEAD_WIDTH = 16
 """Channels a head of attention pooling: narrow heads are many, and each can look at places of its own."""
+
+BLOCKS = ("resblocks", "blocks", "layers", "layer")
+"""What towers call the lists of their blocks."""
 
 
 class Towers(NamedTuple):
@@ -63,6 +67,13 @@ def build_towers(spec: Spec) -> Towers:
     else:
         head = nn.Linear(trunk.features, spec["embed_dim"])
     return Towers(trunk, head, towers.text)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that a model's towers are made of, by the names of the lists that hold them; none in plain stacks."""
+    for name, child in model.named_modules():
+        if name.rpartition(".")[2] in BLOCKS and isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from (block for block in child if any(True for _ in block.parameters()))
 
 
 def adapter(text: Spec, embed_dim: int) -> FeatureAdapter:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
+from clipkit import distributed
 from clipkit.model.spec import WEIGHTS, another_architecture, checkpoint_at, differing_settings, read_model_json
 
 if TYPE_CHECKING:
@@ -35,4 +36,5 @@ def weights_into(model: DualEncoder, path: str | Path) -> None:
             problems.append(f"tensor {name}: {there} there, {here} here")
     if problems:
         raise another_architecture(folder, problems)
-    model.load_state_dict(state)
+    for name, tensor in own.items():
+        distributed.fill(tensor, state[name])

@@ -7,10 +7,11 @@ with gradient, for the inner product of embeddings and that gradient, whose own 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipkit.data.batch import Batch
 from clipkit.model.embeddings import Embeddings
@@ -21,7 +22,7 @@ Generators = tuple[Tensor, list[Tensor]]
 class EmbeddingCache:
     """The embeddings of a batch as leaves of the graph, and the way from their gradient back into the model."""
 
-    def __init__(self, model: nn.Module, parts: list[Batch]):
+    def __init__(self, model: Callable[[Batch], Embeddings], parts: list[Batch]):
         self._model, self._parts = model, parts
         self._begin = _generators()
         with torch.no_grad():

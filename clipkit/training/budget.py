@@ -22,6 +22,7 @@ from clipkit.data import indexing
 from clipkit.data.shards import expand
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
+from clipkit.model.towers import blocks
 from clipkit.objective import Objective
 from clipkit.objective.tables import TILED_FROM
 from clipkit.objective.tiled import TILES
@@ -171,19 +172,17 @@ class Budget:
         """Bytes on each GPU by part at the fullest moment of a step, with `rows` pairs there, else the config's."""
         config, learning = self.config, self.learning
         rows = rows or self.rows
-        stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
+        stage = {"ddp": 0, "fsdp": 3, "deepspeed": config.engine.zero_stage}[config.engine.kind]
         locked = sum(line.locked for line in self.weights)
         roles, working = self._roles(), 0.0
         parts: dict[str, float] = {
-            "weights": (learning + locked) * FLOAT + self.buffers,
+            "weights": sharded(learning * FLOAT, self.gpus, stage >= 3) + locked * FLOAT + self.buffers,
             "gradients": sharded(learning * FLOAT, self.gpus, stage >= 2),
             "optimizer moments": sharded(self._moments(), self.gpus, stage >= 1),
-            "teacher": self.teacher_weights * FLOAT,
-        }
-        if stage:
+            "teacher": sharded(self.teacher_weights * FLOAT, self.gpus, config.engine.kind == "fsdp"),
+        } | self._on_their_way()
+        if config.engine.kind == "deepspeed":
             parts["weights' part for the optimizer"] = sharded(learning * FLOAT, self.gpus, True)
-        if stage or self.gpus > 1:
-            parts["gradients on their way"] = BUCKET_BYTES if stage else learning * FLOAT  # a copy in DDP's buckets
         if config.engine.precision != "fp32":
             parts["weights in half precision"] = sum(cost.casts for cost in self.cost.values())
         part = rows / config.engine.accumulate
@@ -195,6 +194,28 @@ class Budget:
         pixels = sum(n for role, n in roles.items() if role in IMAGES) * 3 * self.size**2
         parts["batch"] = rows * pixels
         return {name: round(size) for name, size in (parts | self._objective(rows * self.gpus)).items()}
+
+    def _on_their_way(self) -> dict[str, float]:
+        """What an engine holds in full for a while of what it divides or sums."""
+        if self.config.engine.kind == "deepspeed":
+            return {"gradients on their way": BUCKET_BYTES}
+        if self.config.engine.kind == "ddp":
+            return {"gradients on their way": self.learning * FLOAT} if self.gpus > 1 else {}  # a copy in its buckets
+        rest, block = self._gathered
+        # Of blocks the one at work and the next; of the larger group the gradients, and a copy to send.
+        return {
+            "weights gathered": (rest + 2 * block) * FLOAT,
+            "gradients on their way": 2 * max(rest, block) * FLOAT,
+        }
+
+    @cached_property
+    def _gathered(self) -> tuple[int, int]:
+        """Learning parameters outside of blocks, which FSDP gathers at once, and of the largest block."""
+        with shapes_only("cpu"):
+            model = encoders(self.spec, lock_image=self.locks[0], lock_text=self.locks[1])
+            every = [block for tower in (model.image, model.text) for block in blocks(tower)]
+            sizes = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in every]
+        return self.learning - sum(sizes), max(sizes, default=0)
 
     def _roles(self) -> dict[str, int]:
         cached = self.config.data.cache_image_features

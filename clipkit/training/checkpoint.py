@@ -34,7 +34,6 @@ from clipkit.data.plan import Plan
 from clipkit.errors import UserError
 from clipkit.model.load import save as save_model
 from clipkit.model.teacher import Teacher
-from clipkit.model.weights import weights_into
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
@@ -103,8 +102,8 @@ class Checkpoints:
         return states[before[-1]]["step"]
 
     def _tables(self) -> dict[str, dict[str, Tensor]]:
-        """What is written beside the student, by file name; every rank takes part in gathering what ZeRO shards."""
-        tables = {"optimizer": _moments(self.engine) if self.guard.updates else {}}
+        """What is written, by file name; every rank takes part in gathering what engines divide."""
+        tables = {"model": self.engine.weights(), "optimizer": self.engine.moments() if self.guard.updates else {}}
         if self.teacher and (own := self.teacher.state()):
             tables["teacher"] = own
         if remembered := self.objective.state():
@@ -131,8 +130,7 @@ class Checkpoints:
             return
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        every = [self.engine.bare.state_dict(), *tables.values()]
-        needed = sum(x.numel() * x.element_size() for table in every for x in table.values()) + BESIDE_BYTES
+        needed = sum(x.numel() * x.element_size() for table in tables.values() for x in table.values()) + BESIDE_BYTES
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
@@ -141,9 +139,10 @@ class Checkpoints:
         save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
         if not distributed.is_main():
             return
-        save_model(self.engine.bare, partial)
+        save_model(self.engine.bare, partial, tables["model"])
         for name, table in tables.items():
-            save_file(table, partial / f"{name}.safetensors")
+            if name != "model":
+                save_file(table, partial / f"{name}.safetensors")
         state = {
             "step": step,
             "position": self.plan.position(step),
@@ -153,13 +152,13 @@ class Checkpoints:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
 
     def _load(self, path: Path) -> None:
-        weights_into(self.engine.bare, path)
+        self.engine.load_weights(path)
         if self.teacher:
             own = path / "teacher.safetensors"
             self.teacher.load_state(load_file(own) if own.is_file() else {})
         terms = path / "terms.safetensors"
         self.objective.load_state(load_file(terms) if terms.is_file() else {})
-        _restore_moments(self.engine, _read_moments(path, self.config.optim.kind), self.guard.updates)
+        self.engine.load_moments(_read_moments(path, self.config.optim.kind), self.guard.updates)
         rng = path / f"rng_{distributed.rank()}.safetensors"
         if rng.is_file():  # absent on ranks that the saving world did not have
             torch.set_rng_state(load_file(rng)["torch"])
@@ -176,11 +175,6 @@ def _state(path: Path) -> dict[str, Any]:
     return {"guard": {"updates": state["step"], "skipped": 0, "streak": 0, "returned_to": None}} | state
 
 
-def _kept(engine: Engine) -> tuple[str, ...]:
-    """What the run's optimizer remembers of every parameter."""
-    return MOMENTS[engine.config.optim.kind]
-
-
 def _read_moments(path: Path, kind: str) -> dict[str, Tensor]:
     """The saved moments by name. Raises UserError when another kind of optimizer wrote them."""
     moments = load_file(path / "optimizer.safetensors")
@@ -192,69 +186,3 @@ def _read_moments(path: Path, kind: str) -> dict[str, Tensor]:
             "or start a new run that begins from this checkpoint with model.start"
         )
     return moments
-
-
-def _moments(engine: Engine) -> dict[str, Tensor]:
-    """The optimizer's moments by parameter name, each in full. All ranks call this together."""
-    if engine.deepspeed:
-        _link_shards(engine)
-    out: dict[str, Tensor] = {}
-    for name, parameter in engine.bare.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for key in _kept(engine):
-            value = _full_moment(engine, parameter, key)
-            if value is not None:
-                out[f"{key}.{name}"] = value.detach().float().cpu().contiguous()
-    return out
-
-
-def _full_moment(engine: Engine, parameter: torch.nn.Parameter, key: str) -> Tensor | None:
-    if engine.deepspeed:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(parameter, key)
-    return engine.optimizer.state.get(parameter, {}).get(key)
-
-
-def _restore_moments(engine: Engine, moments: dict[str, Tensor], updates: int) -> None:
-    if engine.deepspeed:
-        _restore_shards(engine, moments, updates)
-        return
-    for name, parameter in engine.bare.named_parameters():
-        if f"exp_avg.{name}" in moments:
-            engine.optimizer.state[parameter] = {
-                key: moments[f"{key}.{name}"].to(parameter.device) for key in _kept(engine)
-            } | _count(engine, updates, parameter.device)
-
-
-def _count(engine: Engine, updates: int, device: torch.device) -> dict[str, Tensor]:
-    """AdamW's own count of steps, which corrects its moments; Lion has none."""
-    return {"step": torch.tensor(float(updates), device=device)} if engine.config.optim.kind == "adamw" else {}
-
-
-def _restore_shards(engine: Engine, moments: dict[str, Tensor], updates: int) -> None:
-    """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    zero = engine.optimizer.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
-        state = {key: torch.zeros_like(flat) for key in _kept(engine)}
-        zero.optimizer.state[flat] = _count(engine, updates, flat.device) | state
-    _link_shards(engine)
-    for name, parameter in engine.bare.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        safe_set_full_fp32_param(parameter, parameter.detach().float())
-        for key in _kept(engine):
-            if f"{key}.{name}" in moments:
-                safe_set_full_optimizer_state(parameter, moments[f"{key}.{name}"].to(parameter.device), key)
-
-
-def _link_shards(engine: Engine) -> None:
-    """Tell every parameter where its moments lie. DeepSpeed does so once, when only the first group has stepped."""
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-    zero = engine.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's own
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
-        lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)

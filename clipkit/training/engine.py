@@ -1,15 +1,16 @@
-"""One engine from one loop: a single process, DDP, or DeepSpeed ZeRO-1/2, through accelerate.
+"""Engines: how one step is carried out. Here a single process and DDP; `fsdp` and `zero` divide the model among ranks.
 
-The traps this file exists for (docs/log.md has the measurements): accelerate on CPU under torchrun silently runs
-unconnected trainings; DeepSpeed clips at 1.0 unless told otherwise, compiles an unused shared-memory op on CPU and
-looks for MPI when no process group is up; gloo must be asked for by name.
+All of them have one face, and the same losses come out of each (tests/training/test_topology.py). Traps that this file
+exists for (docs/log.md has the measurements): accelerate on CPU under torchrun silently runs unconnected trainings, and
+gloo must be asked for by name.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +23,24 @@ from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.embeddings import Embeddings
+from clipkit.model.teacher import Teacher
+from clipkit.model.weights import weights_into
 from clipkit.training.accumulate import EmbeddingCache
 from clipkit.training.adversary import attacked
+from clipkit.training.optim import MOMENTS
 
 
 class Engine:
-    """Holds the wrapped model and optimizer; knows how to run one step on this topology."""
+    """Holds the wrapped model and optimizer; knows how to run one step on this topology: one process, or DDP."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.deepspeed = config.engine.kind == "deepspeed"
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.parts = config.engine.accumulate
         check_split(config, self.world)
-        _start_process_group(self.world, config.engine.timeout_s, needed=self.deepspeed)
-        self.accelerator = _accelerator(config, self.world)
-        self.device: torch.device = self.accelerator.device
+        self.device: torch.device = self._join()
+        self.bare: Any
+        """The model as it is without this engine."""
         self.model: nn.Module
         self.optimizer: Any
 
@@ -50,12 +53,13 @@ class Engine:
             )
         if self.config.engine.checkpoint_activations:
             model.recompute()
-        self.bare: Any = _synchronise_norms(model, self.world, self.device).to(self.device)
+        self.bare = _synchronise_norms(model, self.world, self.device).to(self.device)
         self._running = [buffer for norm in _learning_norms(self.bare) for buffer in norm.buffers()]
-        if self.world == 1 and not self.deepspeed:
-            self.model, self.optimizer = self.bare, optimizer
-        else:
-            self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.model, self.optimizer = self._wrap(optimizer)
+
+    def host(self, teacher: Teacher) -> None:
+        """Take the teacher in, beside the model that is prepared."""
+        teacher.to(self.device)
 
     def autocast(self, *, cache: bool = True) -> torch.autocast:
         """bf16 compute on fp32 parameters when asked for."""
@@ -71,10 +75,10 @@ class Engine:
         if self.config.adversary.eps:
             # Before pytorch #158232 was mended, weights cast without gradient stayed in the cache for what learns.
             with self.autocast(cache=False):
-                batch = attacked(self.bare, batch, self.config.adversary, self.parts)
+                batch = attacked(self._encoder(), batch, self.config.adversary, self.parts)
         if self.parts == 1:
-            return self.model(batch)
-        self._cache = EmbeddingCache(self.model, batch.split(self.parts))
+            return self._encode(batch)
+        self._cache = EmbeddingCache(self._encode, batch.split(self.parts))
         return self._cache.embeddings
 
     def backward(self, loss: Tensor) -> Tensor:
@@ -83,20 +87,23 @@ class Engine:
         The norm is the same on every rank, and not finite where the loss or any rank's gradient is not. DeepSpeed has
         then updated already, or has skipped if the norm is not finite.
         """
-        clip = self.config.optim.grad_clip or float("inf")
         loss = loss * (1.0 + (loss.detach() - loss.detach()))  # times 1, or NaN: never a finite gradient of an inf
         if self.parts == 1:
-            self.accelerator.backward(loss)
+            self._descend(loss)
         else:
-            self._backward_in_parts(loss)
-        if self.deepspeed:
-            return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
-        return nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
+            loss.backward()  # as far as the embeddings
+            for number in range(self.parts):
+                last = number == self.parts - 1
+                with nullcontext() if last else self._unsynchronised():
+                    with self.autocast():
+                        surrogate = self._cache.surrogate(number)
+                    self._descend(surrogate)
+            del self._cache
+        return self._clipped(self.config.optim.grad_clip or float("inf"))
 
     def update(self) -> None:
         """Take the step that `backward` prepared."""
-        if not self.deepspeed:
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip(self) -> None:
@@ -105,20 +112,38 @@ class Engine:
             buffer.copy_(before)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward_in_parts(self, loss: Tensor) -> None:
-        loss.backward()  # as far as the embeddings
-        for number in range(self.parts):
-            last = number == self.parts - 1
-            ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
-            with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
-                with self.autocast():
-                    surrogate = self._cache.surrogate(number)
-                if self.deepspeed:  # it divides by the number of parts, and steps at the last of them
-                    self.model.backward(surrogate * self.parts)  # type: ignore[operator]
-                    self.model.step()  # type: ignore[operator]
-                else:
-                    surrogate.backward()
-        del self._cache
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, each in full. All ranks ask together."""
+        return self.bare.state_dict()
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Put a checkpoint's weights in place. Raises UserError when it is of another architecture."""
+        weights_into(self.bare, checkpoint)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's moments by MOMENT.PARAMETER, each in full, on the CPU. All ranks ask together."""
+        out: dict[str, Tensor] = {}
+        for name, parameter in self._learning():
+            for key in self._kept:
+                value = self._moment(parameter, key)
+                if value is not None:
+                    out[f"{key}.{name}"] = value.detach().float().cpu().contiguous()
+        return out
+
+    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Put back what `moments` gave after so many updates."""
+        for name, parameter in self._learning():
+            if f"exp_avg.{name}" in moments:
+                state = {key: self._placed(parameter, moments[f"{key}.{name}"]) for key in self._kept}
+                self.optimizer.state[parameter] = state | self._count(updates, parameter.device)
+
+    def student(self) -> AbstractContextManager[Any]:
+        """In this context `bare` holds its weights as a hosted teacher follows them."""
+        return nullcontext()
+
+    def whole_model(self) -> DualEncoder:
+        """The model with all its weights here, to evaluate with. All ranks ask together."""
+        return self.bare
 
     def close(self) -> None:
         """Leave the process group in good order, so that no rank aborts at exit."""
@@ -126,13 +151,71 @@ class Engine:
             dist.barrier()
             dist.destroy_process_group()
 
+    # what other engines do otherwise
 
-def _start_process_group(world: int, timeout_s: int, needed: bool) -> None:
-    if needed and not torch.cuda.is_available():
-        # This op is only for inference, and compiling it costs half a minute or fails without a compiler.
-        import deepspeed.ops
+    def _join(self) -> torch.device:
+        """Meet the other ranks; returns this one's device."""
+        start_process_group(self.world, self.config.engine.timeout_s, needed=False)
+        self.accelerator = accelerator_for(self.world)
+        return self.accelerator.device
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    def _wrap(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        return (self.bare, optimizer) if self.world == 1 else self.accelerator.prepare(self.bare, optimizer)
+
+    def _encoder(self) -> Any:
+        """What encodes single pictures and texts, outside of a step."""
+        return self.bare
+
+    def _encode(self, batch: Batch) -> Embeddings:
+        return self.model(batch)
+
+    def _descend(self, loss: Tensor) -> None:
+        """Backward of the loss, or of one part's share of it."""
+        loss.backward()
+
+    def _unsynchronised(self) -> AbstractContextManager[Any]:
+        """Around each part but the last: gradients need not be summed over ranks yet."""
+        return self.model.no_sync() if self.world > 1 else nullcontext()  # type: ignore[operator]
+
+    def _clipped(self, most: float) -> Tensor:
+        """Clip the gradient to a norm of at most `most`; returns the norm from before."""
+        return nn.utils.clip_grad_norm_([parameter for _, parameter in self._learning()], most)
+
+    def _learning(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        """What the run's optimizer remembers of every parameter."""
+        return MOMENTS[self.config.optim.kind]
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
+        return self.optimizer.state.get(parameter, {}).get(key)
+
+    def _placed(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A full moment as this rank keeps it."""
+        return value.to(parameter.device)
+
+    def _count(self, updates: int, device: torch.device) -> dict[str, Tensor]:
+        """AdamW's own count of steps, which corrects its moments; Lion has none."""
+        return {"step": torch.tensor(float(updates), device=device)} if self.config.optim.kind == "adamw" else {}
+
+
+def engine_for(config: Config) -> Engine:
+    """The engine that the config asks for; it has met the other ranks."""
+    if config.engine.kind == "deepspeed":
+        from clipkit.training.zero import ZeroEngine
+
+        return ZeroEngine(config)
+    if config.engine.kind == "fsdp":
+        from clipkit.training.fsdp import ShardingEngine
+
+        return ShardingEngine(config)
+    return Engine(config)
+
+
+def start_process_group(world: int, timeout_s: int, needed: bool) -> None:
+    """Meet the other ranks of torchrun's variables, where there are any or a group is `needed` all the same."""
     if dist.is_initialized() or (world == 1 and not needed):
         return
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -144,15 +227,13 @@ def _start_process_group(world: int, timeout_s: int, needed: bool) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
-def _accelerator(config: Config, world: int) -> Any:
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+def accelerator_for(world: int, plugin: Any = None) -> Any:
+    """accelerate's own, for DDP or a DeepSpeed plugin."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several times (tests, the demo)
     on_cpu = not torch.cuda.is_available()
-    plugin = None
-    if config.engine.kind == "deepspeed":
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world))
     accelerator = Accelerator(
         cpu=on_cpu and plugin is None,
         deepspeed_plugin=plugin,
@@ -160,21 +241,6 @@ def _accelerator(config: Config, world: int) -> Any:
     )
     assert accelerator.num_processes == world, f"{accelerator.num_processes} processes joined, {world} were launched"
     return accelerator
-
-
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """The DeepSpeed settings of a run; every default that surprises is written out."""
-    return {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // world // config.engine.accumulate,
-        "gradient_accumulation_steps": config.engine.accumulate,
-        "gradient_clipping": config.optim.grad_clip,  # absent means 1.0, not off
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
 
 
 def _synchronise_norms(model: nn.Module, world: int, device: torch.device) -> nn.Module:

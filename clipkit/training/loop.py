@@ -25,7 +25,7 @@ from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
 from clipkit.training.alarm import Alarm
 from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
-from clipkit.training.engine import Engine
+from clipkit.training.engine import Engine, engine_for
 from clipkit.training.features import cached_features
 from clipkit.training.guard import Guard
 from clipkit.training.log import RunLog
@@ -38,7 +38,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Raises Stopped when SIGTERM or SIGUSR1 ended it early, saved.
     """
     folder = _open_run(config, resume)
-    engine = Engine(config)
+    engine = engine_for(config)
     with Alarm():
         last = _train(config, engine, folder, resume)
         engine.close()
@@ -56,7 +56,7 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
     features = cached_features(model, index, engine.device) if config.data.cache_image_features else None
     engine.prepare(model, build_optimizer(model, config.optim))
     if teacher:
-        teacher.to(engine.device)
+        engine.host(teacher)
     objective = Objective(config.objective)
     if "local_logit" in objective.needs:
         model.compare_locally()  # the teacher, a copy, does not
@@ -82,7 +82,8 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
             if guard.passes(norm):  # one answer on all ranks
                 engine.update()
                 if teacher:
-                    teacher.update(engine.bare, last)
+                    with engine.student():
+                        teacher.update(engine.bare, last)
             else:
                 engine.skip()
                 objective.undo()
@@ -96,7 +97,7 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
             if due and not guard.streak:
                 checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
-                log.evaluation(last, _evaluate(config, engine.bare, folder))
+                log.evaluation(last, _evaluate(config, engine.whole_model(), folder))
         if start < last:
             checkpoints.save(last)
     return last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,11 +18,13 @@ import yaml
 from safetensors.torch import load_file
 
 from clipkit import config as configuration
+from clipkit import distributed
 from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.data.loader import Loader
 from clipkit.data.mixture import open_data
 from clipkit.model.dual_encoder import DualEncoder, build
+from clipkit.training.engine import Engine
 from clipkit.training.loop import train
 from tests.ranks import run_ranks
 
@@ -90,3 +93,33 @@ def pulls(folder: Path) -> list[float]:
 
 def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
+
+
+def cut(folder: Path) -> Path:
+    """Drop the run's last checkpoint; returns where it lay."""
+    last = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    shutil.rmtree(last)
+    return last
+
+
+def whole_and_cut(tree: dict, rank: int, _world: int) -> tuple[Path, Path]:
+    """On a rank: a run left in peace, and a copy of it that lost its end and was taken up again."""
+    Engine.close = lambda _: distributed.barrier()  # type: ignore[method-assign]  # the group of ranks is the test's
+    peace = train(configuration.validate(tree | {"name": "peace"}))
+    again = peace.with_name("again")
+    if rank == 0:
+        shutil.copytree(peace, again)
+        cut(again)
+    distributed.barrier()
+    return peace, train(configuration.validate(tree | {"name": "again"}), resume=True)
+
+
+def same_bits(expected: Path, found: Path) -> None:
+    """Weights and moments in the last checkpoints of two runs, and those of teachers."""
+    for name in ("model", "optimizer", "teacher"):
+        want, got = (
+            load_file(sorted((one / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
+            for one in (expected, found)
+        )
+        assert want.keys() == got.keys()
+        assert all(torch.equal(value, got[key]) for key, value in want.items()), name

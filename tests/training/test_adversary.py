@@ -129,10 +129,11 @@ def trained(tree: dict) -> list[float]:
 
 
 def on_a_rank(tree: dict, _rank: int, _world: int) -> list[list[float]]:
-    """Whole and in parts, in a process group that is not the runs' to close."""
+    """Whole, in parts and divided, in a process group that is not the runs' to close."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "close", lambda self: None)
-        return [trained(tree | {"name": f"ranks{parts}", "engine": {"accumulate": parts}}) for parts in (1, 2)]
+        engines = [{"accumulate": 1}, {"accumulate": 2}, {"kind": "fsdp"}]
+        return [trained(tree | {"name": f"ranks{number}", "engine": each}) for number, each in enumerate(engines)]
 
 
 def test_ranks_equal_one_process(tree: dict, tmp_path: Path):
@@ -141,5 +142,5 @@ def test_ranks_equal_one_process(tree: dict, tmp_path: Path):
     alone, plain = trained(tree | {"name": "alone"}), trained(tree | {"name": "plain", "adversary": {"eps": 0}})
     assert len(alone) == 3 and alone[0] > plain[0] + 0.01
     for found in run_ranks(partial(on_a_rank, tree), 2, timeout_s=120):
-        assert [loss for run in found for loss in run] == pytest.approx(alone * 2, abs=2e-3)
+        assert [loss for run in found for loss in run] == pytest.approx(alone * 3, abs=2e-3)
     assert plain == trained(tree | {"name": "without", "adversary": {}})

@@ -125,6 +125,19 @@ def test_engines_divide_what_they_divide() -> None:
     assert alone["gradients on their way"] == alone["gradients"]
 
 
+def test_fsdp_divides_all_that_learns_and_gathers_block_by_block() -> None:
+    config, locked = config_of(engine={"kind": "fsdp"}), {"lock_image": True}
+    alone, parts = Budget(config_of(), 4).memory(), Budget(config, 4).memory()
+    for name in ("weights", "gradients", "optimizer moments", "teacher"):
+        assert parts[name] == pytest.approx(alone[name] / 4, rel=0.01), name
+    budget = Budget(config, 4)
+    rest, block = budget._gathered
+    assert block == 12 * 64**2 + 13 * 64 and rest + 2 * block + 12 * 32**2 + 13 * 32 == budget.learning
+    whole = sum(line.locked for line in Budget(config_of(model=locked), 4).weights) * 4
+    held = Budget(config_of(engine={"kind": "fsdp"}, model=locked), 4).memory()
+    assert held["weights"] > whole and held["teacher"] < alone["teacher"] / 4
+
+
 def test_roles_accumulation_and_teacher_are_counted() -> None:
     plain = {role: (n, there, back) for role, n, there, back in Budget(config_of(), 1).flops}
     assert plain["negative_text"][0] == 2 and plain["negative_text"][1] == 2 * plain["text"][1]

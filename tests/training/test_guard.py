@@ -136,10 +136,11 @@ def test_without_a_checkpoint_there_is_no_way_back(tiny_tree: dict, monkeypatch:
     [
         ({"kind": "ddp"}, "loss"),
         ({"kind": "ddp", "accumulate": 2}, "gradient"),
+        ({"kind": "fsdp"}, "gradient"),
         ({"kind": "deepspeed", "zero_stage": 1}, "gradient"),
         ({"kind": "deepspeed", "zero_stage": 2, "accumulate": 2}, "loss"),
     ],
-    ids=["ddp", "ddp_parts", "zero1", "zero2_parts"],
+    ids=["ddp", "ddp_parts", "fsdp", "zero1", "zero2_parts"],
 )
 def test_planted_at_one_rank_all_skip_and_go_back(
     tree: dict, engine: dict, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clipkit import config as configuration
-from clipkit import distributed
 from clipkit.errors import UserError
-from clipkit.training.engine import Engine
 from clipkit.training.lion import Lion
 from clipkit.training.loop import train
 from clipkit.training.optim import build_optimizer
 from tests.ranks import run_ranks
+from tests.training.runs import cut, same_bits, whole_and_cut
 
 
 def test_a_step_by_hand() -> None:
@@ -69,35 +66,6 @@ def test_defaults_follow_the_kind() -> None:
         configuration.validate({"optim": {"kind": "lion", "eps": 1e-8}})
     with pytest.raises(UserError, match=r"optim.betas.1: .*less than 1, got 1"):
         configuration.validate({"optim": {"betas": [0.9, 1.0]}})
-
-
-def cut(folder: Path) -> Path:
-    """Drop the run's last checkpoint; returns where it lay."""
-    last = sorted((folder / "checkpoints").glob("step_*"))[-1]
-    shutil.rmtree(last)
-    return last
-
-
-def whole_and_cut(tree: dict, rank: int, _world: int) -> tuple[Path, Path]:
-    """On a rank: a run left in peace, and a copy of it that lost its end and was taken up again."""
-    Engine.close = lambda _: distributed.barrier()  # type: ignore[method-assign]  # the group of ranks is the test's
-    peace = train(configuration.validate(tree | {"name": "peace"}))
-    again = peace.with_name("again")
-    if rank == 0:
-        shutil.copytree(peace, again)
-        cut(again)
-    distributed.barrier()
-    return peace, train(configuration.validate(tree | {"name": "again"}), resume=True)
-
-
-def same_bits(expected: Path, found: Path) -> None:
-    for name in ("model", "optimizer"):
-        want, got = (
-            load_file(sorted((one / "checkpoints").glob("step_*"))[-1] / f"{name}.safetensors")
-            for one in (expected, found)
-        )
-        assert want.keys() == got.keys()
-        assert all(torch.equal(value, got[key]) for key, value in want.items()), name
 
 
 LION = {"kind": "lion", "lr": 1e-4, "warmup": 16}

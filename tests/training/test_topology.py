@@ -48,6 +48,8 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         ("ddp", {"kind": "ddp"}),
         ("zero1", {"kind": "deepspeed", "zero_stage": 1}),
         ("zero2", {"kind": "deepspeed", "zero_stage": 2}),
+        ("fsdp", {"kind": "fsdp"}),
+        ("fsdp_parts", {"kind": "fsdp", "accumulate": 2}),
         ("ddp_parts", {"kind": "ddp", "accumulate": 2}),
         ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 4}),
     ):

@@ -1,0 +1,82 @@
+"""Engines that divide the model among ranks: really divided, resumed bit for bit, whole in every checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipkit
+from clipkit import config as configuration
+from clipkit import distributed
+from clipkit.model.dual_encoder import build
+from clipkit.model.teacher import Teacher
+from clipkit.training.engine import engine_for
+from clipkit.training.loop import train
+from clipkit.training.optim import build_optimizer
+from tests.ranks import run_ranks
+from tests.training.runs import cut, losses, same_bits, whole_and_cut
+
+DIVIDED = [{"kind": "fsdp"}]
+
+
+def _divided(tree: dict, _rank: int, world: int) -> None:
+    config = configuration.validate(tree)
+    torch.manual_seed(0)
+    model = build(config.model)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    teacher = Teacher.of(model, config)
+    engine = engine_for(config)
+    engine.prepare(model, build_optimizer(model, config.optim))
+    engine.host(teacher)
+    drawn = torch.get_rng_state()
+    for found in (engine.weights(), engine.whole_model().state_dict(), teacher.state()):
+        assert found.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in found.items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    whole = sum(x.numel() for x in before.values())
+    for held in (engine.bare, teacher.model):
+        here = sum(distributed.part(p.detach()).numel() for p in held.parameters())
+        assert here < 1.1 * whole / world
+
+
+def test_a_rank_holds_its_part_only(tiny_tree: dict) -> None:
+    """Of student and teacher under FSDP; and what is gathered is what there was, without a random number drawn."""
+    run_ranks(partial(_divided, tiny_tree | {"engine": {"kind": "fsdp"}}), 2, timeout_s=60)
+
+
+def _runs(tree: dict, begun: Path, rank: int, world: int) -> tuple[Path, Path, Path]:
+    peace, again = whole_and_cut(tree, rank, world)
+    return peace, again, train(configuration.validate(tree | {"name": begun.name}), resume=True)
+
+
+@pytest.mark.parametrize("engine", DIVIDED, ids=lambda engine: engine["kind"])
+def test_taken_up_again_and_moved(engine: dict, tiny_tree: dict, tmp_path: Path) -> None:
+    """Bit for bit on the same ranks, and from one process to them and back with its losses."""
+    tree = tiny_tree | {"samples": 96, "save_every": 48, "keep": 9, "optim": {"lr": 1e-3, "eps": 1e-3}}
+    alone = train(configuration.validate(tree | {"name": "alone"}))
+    begun = Path(shutil.copytree(alone, alone.with_name("begun")))
+    cut(begun)
+    several = tree | {"engine": engine | {"timeout_s": 60}}
+    peace, again, begun = run_ranks(partial(_runs, several, begun), 2, timeout_s=120)[0]
+    same_bits(peace, again)
+    cut(again)
+    train(configuration.validate(tree | {"name": again.name}), resume=True)
+    text = ["a red wall"]
+    for folder in (peace, begun, again):
+        assert losses(folder) == pytest.approx(losses(alone), abs=1e-5), folder.name
+        torch.testing.assert_close(clipkit.load(folder).embed_texts(text), clipkit.load(alone).embed_texts(text))
+
+
+def _locked(tree: dict, _rank: int, _world: int) -> Path:
+    return train(configuration.validate(tree))
+
+
+def test_locked_towers_stay_whole(tiny_tree: dict) -> None:
+    """Student and teacher share one pass through the tower, outside of what FSDP gathers."""
+    tree = tiny_tree | {"samples": 48, "model": tiny_tree["model"] | {"lock_image": True, "heads": {"image": True}}}
+    alone = train(configuration.validate(tree | {"name": "alone"}))
+    folder = run_ranks(partial(_locked, tree | {"name": "fsdp", "engine": {"kind": "fsdp"}}), 2, timeout_s=60)[0]
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)

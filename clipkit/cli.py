@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, planning, runs
+from clipkit.commands import data, evaluation, launch, negatives, planning, runs
 from clipkit.errors import PeerFailed, Stopped, UserError
 
 
@@ -75,7 +75,10 @@ GROUPS = {
             "embed": data.embed,
         },
     ),
-    "negatives": ("Make hard-negative captions.", {"make": data.make, "ask": data.ask}),
+    "negatives": (
+        "Make and audit hard-negative captions.",
+        {"make": negatives.make, "ask": negatives.ask, "audit": negatives.audit},
+    ),
     "world": ("The generated picture world.", {"build": data.build_world}),
     "bench": (
         "Benchmarks: list, get, convert, check.",

@@ -293,6 +293,11 @@ def test_negatives_are_made_beside_the_captions(pictures: Path, tmp_path: Path) 
     assert kinds and kinds <= {"reshuffle", "replace_adjectives"}
     message = wrong("negatives", "make", shards, "--out", tmp_path / "other", "--kinds", "reshufle")
     assert "did you mean reshuffle?" in message
+    found = json.loads(well("negatives", "audit", tmp_path / "made", "--json", "-", "--html", tmp_path / "page.html"))
+    counts = {name: kind["count"] for name, kind in found["kinds"].items()}
+    assert counts.pop("all") == sum(counts.values()) > 0
+    assert "reshuffle" in (tmp_path / "page.html").read_text()
+    assert "belong together" in wrong("negatives", "audit", tmp_path / "made", "--balance", "0.65")
 
 
 def test_world_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

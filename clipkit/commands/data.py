@@ -1,21 +1,19 @@
-"""shards, negatives, world: from pictures and captions to what training reads."""
+"""shards, world: from pictures and captions to what training reads."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.commands.arguments import Json, Model, Overwrite, Seed, Shards, Workers, pairs, settings_for, words
+from clipkit.commands.arguments import Json, Model, Overwrite, Seed, Shards, Workers, settings_for, words
 from clipkit.commands.output import STDOUT, print_table, print_tables, write_json
-from clipkit.commands.tables import asked_tables, check_tables, cost_table, statistics_tables
+from clipkit.commands.tables import check_tables, statistics_tables
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
     from clipkit.data.sheet import Sheet
-    from clipkit.negatives.llm import Cost
 
 SHEET = 24
 """Pairs on a contact sheet, unless said otherwise."""
@@ -255,106 +253,6 @@ def embed(
         load(model), shards, out, name=name, parts=words(parts), reference=model, batch_size=batch_size
     )
     print(f"{report.shards} shards in {out}, {report.kept} of them made before; {report.pairs} pairs embedded")
-
-
-def make(
-    shards: Shards,
-    out: Out,
-    kinds: Annotated[str | None, typer.Option(metavar="A,B,...", help="Kinds; default: the five of DeGLA.")] = None,
-    per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Negatives of each kind a caption.")] = 1,
-    seed: Seed = 0,
-    usual: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Drop those with neighbouring words in fewer than N captions.")
-    ] = 0,
-    workers: Workers = 2,
-    json_path: Json = None,
-) -> None:
-    """Add hard-negative captions to shards, by rules.
-
-    Shards finished by an earlier call with the same settings are kept.
-    """
-    from clipkit.negatives.make import make
-
-    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, usual=usual, workers=workers)
-    if json_path:
-        write_json(report.to_json(), json_path)
-    if json_path != STDOUT:
-        title = f"{report.captions} captions in {report.shards} shards, {report.kept_shards} of them made before"
-        print_table(["kind", "negatives", "captions with one", "candidates dropped"], report.rows(), title)
-
-
-def ask(
-    shards: Shards,
-    out: Out,
-    url: Annotated[str, typer.Option(metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1.")],
-    model: Annotated[str, typer.Option(metavar="NAME", help="The model, as the server calls it.")],
-    kinds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Default: the five of DeGLA. Also paraphrase and paraphrase_again: further captions, for ParaCLIP.",
-        ),
-    ] = None,
-    per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of each kind a caption.")] = 1,
-    seed: Seed = 0,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ask about N captions only, to look at what comes.")
-    ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what is left to ask, and its cost.")] = False,
-    prices: Annotated[
-        tuple[float, float], typer.Option(metavar="IN OUT", help="Price of a million tokens in, and out.")
-    ] = (0.0, 0.0),
-    answers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where answers are kept; default: answers.jsonl in --out.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="KIND.yaml there replace the packaged prompts, or add kinds.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Requests side by side.")] = 16,
-    rate: Annotated[float, typer.Option(min=0, metavar="N", help="Requests a minute; 0: as many as go.")] = 0.0,
-    timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest silence of the server.")] = 120.0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=JSON", help="Fields of a request: temperature=0.2.")
-    ] = None,
-    json_path: Json = None,
-) -> None:
-    """Add hard-negative captions to shards, written by a language model.
-
-    CLIPKIT_LLM_KEY holds the key, if the server wants one. Every answer is kept when it comes: the same call goes on
-    where one was ended, and asks nothing twice that was answered. Look at some first (--limit 100, then shards show
-    --html), then at the cost (--estimate). Negatives of other sources stay.
-    """
-    from clipkit.negatives import llm
-
-    free = {name: _json(value) for name, value in pairs(settings, "--set").items()}
-    wish = llm.Wish(
-        model, words(kinds) or llm.KINDS, per_kind=per_kind, seed=seed, settings=free, folder=prompts, limit=limit
-    )
-    if estimate:
-        _print_costs(llm.estimate(shards, out, wish, answers), prices, json_path)
-        return
-    report = llm.ask(
-        shards, out, wish, url=url, file=answers, concurrency=concurrency, per_minute=rate, timeout_s=timeout
-    )
-    if json_path:
-        write_json(report.to_json(), json_path)
-    if json_path != STDOUT:
-        print_tables(asked_tables(report, prices))
-
-
-def _json(text: str) -> Any:
-    """`text` as JSON; what is none is the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _print_costs(costs: list[Cost], prices: tuple[float, float], json_path: str | None) -> None:
-    if json_path:
-        write_json([vars(cost) for cost in costs], json_path)
-    if json_path != STDOUT:
-        print_tables([cost_table(costs, prices)])
 
 
 def build_world(

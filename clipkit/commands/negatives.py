@@ -1,0 +1,164 @@
+"""negatives: hard-negative captions made by rules, asked of a language model, and audited."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, Workers, pairs, words
+from clipkit.commands.data import Out
+from clipkit.commands.output import STDOUT, print_table, print_tables, write_json
+from clipkit.commands.tables import asked_tables, cost_table
+from clipkit.errors import UserError
+
+if TYPE_CHECKING:
+    from clipkit.negatives.llm import Cost
+
+
+def make(
+    shards: Shards,
+    out: Out,
+    kinds: Annotated[str | None, typer.Option(metavar="A,B,...", help="Kinds; default: the five of DeGLA.")] = None,
+    per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Negatives of each kind a caption.")] = 1,
+    seed: Seed = 0,
+    usual: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Drop those with neighbouring words in fewer than N captions.")
+    ] = 0,
+    workers: Workers = 2,
+    json_path: Json = None,
+) -> None:
+    """Add hard-negative captions to shards, by rules.
+
+    Shards finished by an earlier call with the same settings are kept.
+    """
+    from clipkit.negatives.make import make
+
+    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, usual=usual, workers=workers)
+    if json_path:
+        write_json(report.to_json(), json_path)
+    if json_path != STDOUT:
+        title = f"{report.captions} captions in {report.shards} shards, {report.kept_shards} of them made before"
+        print_table(["kind", "negatives", "captions with one", "candidates dropped"], report.rows(), title)
+
+
+def ask(
+    shards: Shards,
+    out: Out,
+    url: Annotated[str, typer.Option(metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model, as the server calls it.")],
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Default: the five of DeGLA. Also paraphrase and paraphrase_again: further captions, for ParaCLIP.",
+        ),
+    ] = None,
+    per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of each kind a caption.")] = 1,
+    seed: Seed = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ask about N captions only, to look at what comes.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what is left to ask, and its cost.")] = False,
+    prices: Annotated[
+        tuple[float, float], typer.Option(metavar="IN OUT", help="Price of a million tokens in, and out.")
+    ] = (0.0, 0.0),
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where answers are kept; default: answers.jsonl in --out.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="KIND.yaml there replace the packaged prompts, or add kinds.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Requests side by side.")] = 16,
+    rate: Annotated[float, typer.Option(min=0, metavar="N", help="Requests a minute; 0: as many as go.")] = 0.0,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest silence of the server.")] = 120.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=JSON", help="Fields of a request: temperature=0.2.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Add hard-negative captions to shards, written by a language model.
+
+    CLIPKIT_LLM_KEY holds the key, if the server wants one. Every answer is kept when it comes: the same call goes on
+    where one was ended, and asks nothing twice that was answered. Look at some first (--limit 100, then shards show
+    --html), then at the cost (--estimate). Negatives of other sources stay.
+    """
+    from clipkit.negatives import llm
+
+    free = {name: _json(value) for name, value in pairs(settings, "--set").items()}
+    wish = llm.Wish(
+        model, words(kinds) or llm.KINDS, per_kind=per_kind, seed=seed, settings=free, folder=prompts, limit=limit
+    )
+    if estimate:
+        _print_costs(llm.estimate(shards, out, wish, answers), prices, json_path)
+        return
+    report = llm.ask(
+        shards, out, wish, url=url, file=answers, concurrency=concurrency, per_minute=rate, timeout_s=timeout
+    )
+    if json_path:
+        write_json(report.to_json(), json_path)
+    if json_path != STDOUT:
+        print_tables(asked_tables(report, prices))
+
+
+def _json(text: str) -> Any:
+    """`text` as JSON; what is none is the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _print_costs(costs: list[Cost], prices: tuple[float, float], json_path: str | None) -> None:
+    if json_path:
+        write_json([vars(cost) for cost in costs], json_path)
+    if json_path != STDOUT:
+        print_tables([cost_table(costs, prices)])
+
+
+def audit(
+    shards: Shards,
+    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Look at N pairs only.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option("--balance", metavar="AUC", help="Leave out negatives until the text alone tells no more: 0.65."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the balanced shards.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write findings and samples as a page.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json_path: Json = None,
+) -> None:
+    """Say how well the text alone tells negatives from captions.
+
+    A classifier over words, word pairs, letters and lengths is fitted on some pictures and asked about others. What it
+    can tell, training can learn without looking at the picture.
+    """
+    if (target is None) != (out is None):
+        raise UserError("--balance AUC and --out DIR belong together")
+    if target is not None and sample is not None:
+        raise UserError("--sample: balanced shards need all negatives judged; leave it out")
+    from clipkit.data.shards import write_atomic
+    from clipkit.negatives.audit import audit
+    from clipkit.negatives.audit.balancing import balance, write_balanced
+    from clipkit.negatives.audit.page import BALANCED, COLUMNS, page
+    from clipkit.negatives.audit.stored import read_stored
+
+    stored = read_stored(shards, sample=sample, seed=seed)
+    found, balanced = audit(stored, seed=seed), None
+    if target is not None and out is not None:
+        balanced = balance(stored, target, seed=seed)
+        write_balanced(shards, out, balanced.stays, overwrite=overwrite)
+    if html:
+        write_atomic(html, page(found, ", ".join(shards), balanced).encode())
+    if json_path:
+        write_json(found.to_json() | ({"balanced": balanced.to_json()} if balanced else {}), json_path)
+    if json_path != STDOUT:
+        title = f"{found.captions} captions of {found.pictures} pictures"
+        tables: list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = [(title, COLUMNS, found.rows())]
+        if balanced:
+            tables.append((f"balanced, in {out}", BALANCED, [k.row(name) for name, k in balanced.kinds.items()]))
+        print_tables(tables)

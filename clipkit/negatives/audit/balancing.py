@@ -1,0 +1,133 @@
+"""Leave out the negatives that the text tells best, round by round, until held-out AUC is at the target.
+
+A round scores every negative with classifiers that saw none of its picture, drops those that stand furthest above their
+own captions, and begins again with other folds: what is left is told by other cues. Adversarial filtering, as in AFLite
+(arXiv 2002.04108), by pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.data.members import read_sheet
+from clipkit.data.shards import expand
+from clipkit.errors import UserError
+from clipkit.negatives.audit import ALL, Told, blind, read_blindly
+from clipkit.negatives.audit.stored import Stored, each_negative
+from clipkit.negatives.make import check_places, rewrite
+
+FEWEST = 100
+"""A kind is not judged by fewer negatives; one that comes down to so few is left out whole."""
+AIM = 0.005
+"""Rounds go so far below the target: measured anew, with other folds, AUC moves by as much."""
+LEAST_SHARE, MOST_SHARE = 0.04, 0.4
+"""Of a kind's negatives, what one round drops: as far as AUC is above the target, within these."""
+_FRESH = 1000
+"""Seeds of the last measurement begin here; rounds use those below."""
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """One kind (or all) before and after, with how many negatives stayed; `after` is None where none did."""
+
+    before: Told
+    after: Told | None
+    count: int
+    left: int
+
+    def row(self, name: str) -> tuple[Any, ...]:
+        """(kind, negatives, left, AUC before, after, interval, told from their caption before, after)."""
+        after = self.after
+        return (
+            name, self.count, self.left, f"{self.before.auc:.3f}", f"{after.auc:.3f}" if after else "",
+            f"{after.low:.3f} to {after.high:.3f}" if after else "", f"{self.before.pairs:.1%}",
+            f"{after.pairs:.1%}" if after else "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Which negatives stay, and the kinds before and after, `all` first."""
+
+    stays: np.ndarray
+    kinds: dict[str, Balanced]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain names and numbers."""
+        return {name: asdict(kind) for name, kind in self.kinds.items()}
+
+
+def balance(stored: Stored, target: float, *, seed: int = 0) -> Balance:
+    """Drop negatives of each kind, and then of all, until held-out AUC is at most `target`.
+
+    Kinds of fewer than FEWEST negatives are judged with the others only. Raises UserError for a target that nothing
+    can reach.
+    """
+    if not 0.5 < target <= 1.0:
+        raise UserError(f"--balance {target}: between 0.5 (nothing can be told) and 1")
+    cues = blind.cues_of([*stored.captions, *stored.texts])
+    names = stored.kinds_by_count()
+    groups = {name: stored.of_kind(name) for name in names}
+    before = {name: read_blindly(stored, cues, group, seed).told for name, group in groups.items()}
+    everything = np.sort(np.concatenate([*groups.values()]))
+    before = {ALL: read_blindly(stored, cues, everything, seed).told, **before}
+    left = {name: _thin(stored, cues, group, target, seed) for name, group in groups.items()}
+    both = _thin(stored, cues, np.sort(np.concatenate([*left.values()])), target, seed)
+    stays = np.zeros(len(stored.texts), bool)
+    stays[both] = True
+    kinds = {}
+    for name, group in {ALL: everything, **groups}.items():
+        kept = group[stays[group]]
+        after = read_blindly(stored, cues, kept, seed + _FRESH).told if len(kept) else None
+        kinds[name] = Balanced(before[name], after, len(group), len(kept))
+    return Balance(stays, kinds)
+
+
+def _thin(stored: Stored, cues: blind.Cues, group: np.ndarray, target: float, seed: int) -> np.ndarray:
+    """The negatives of a group that are left when its AUC is at the target."""
+    if len(group) < FEWEST:
+        return group
+    for number in range(1, _FRESH):
+        reading = read_blindly(stored, cues, group, seed + number, measured=False)
+        above = reading.told.auc - (target - AIM)
+        if above <= 0:
+            break
+        share = min(MOST_SHARE, max(LEAST_SHARE, above))
+        group = np.sort(group[np.argsort(reading.lead, kind="stable")[: len(group) - math.ceil(share * len(group))]])
+        if len(group) < FEWEST:
+            return group[:0]
+    return group
+
+
+def write_balanced(
+    shards: str | Path | Sequence[str | Path], out: Path, stays: np.ndarray, *, overwrite: bool = False
+) -> int:
+    """Write every shard again, to `out`, with the negatives that stay; all else is copied byte for byte. → shards.
+
+    `stays` has an entry for each negative in the order of the shards. Raises UserError for shards that are there.
+    """
+    jobs = [(path, out / path.name) for path in expand(shards)]
+    check_places([source for source, _ in jobs], out)
+    there = [target for _, target in jobs if target.exists()]
+    if there and not overwrite:
+        raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
+    marks = iter(stays.tolist())
+    for source, target in jobs:
+        rewrite(source, target, lambda members: _sheet(members, marks))
+    return len(jobs)
+
+
+def _sheet(members: dict[str, bytes], marks: Iterator[bool]) -> bytes:
+    """KEY.json with the negatives that stay. Raises Unreadable."""
+    sheet = read_sheet(members)
+    gone = {place for place in each_negative(sheet) if not next(marks)}
+    record = json.loads(members["json"]) if "json" in members else {}
+    kept = [[n for i, n in enumerate(group) if (c, i) not in gone] for c, group in enumerate(sheet.negatives)]
+    return json.dumps(record | {"negatives": kept}, ensure_ascii=False).encode()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit import methods
+from clipkit import methods, sweep
 from clipkit.registry import TERMS
 from tests.typed import well
 
@@ -16,9 +16,17 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_document_is_up_to_date():
-    found = [methods.method(name) for name in methods.every()]
-    same = (DOCS / "methods.md").read_text() == methods.markdown(found)
-    assert same, "clipkit methods --markdown > docs/methods.md"
+    found, measured = [methods.method(name) for name in methods.every()], sweep.read(DOCS / "measured.json")
+    same = (DOCS / "methods.md").read_text() == methods.markdown(found, sweep.markdown(measured))
+    assert same, "clipkit methods --markdown --sweep docs/measured.json > docs/methods.md"
+
+
+def test_what_was_measured_are_methods_or_says_why_not():
+    measured = sweep.read(DOCS / "measured.json")["methods"]
+    assert measured.keys() <= set(methods.every())
+    assert {name for name, found in measured.items() if not found["runs"]} == {
+        "llm2clip", "paraclip", "proclip_stage1", "proclip_stage2",
+    }  # fmt: skip
 
 
 def test_every_term_belongs_to_a_method():

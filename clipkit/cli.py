@@ -50,6 +50,7 @@ app = _group(
         "eval": evaluation.evaluate,
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
+        "merge": evaluation.merge,
         "sweep": runs.sweep,
         "methods": runs.list_methods,
         "demo": runs.demo,

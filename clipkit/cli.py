@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, planning, runs
+from clipkit.commands import data, evaluation, launch, planning, probes, runs
 from clipkit.errors import Stopped, UserError
 
 
@@ -51,6 +51,7 @@ app = _group(
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
         "merge": evaluation.merge,
+        "probe": probes.probe,
         "sweep": runs.sweep,
         "methods": runs.list_methods,
         "demo": runs.demo,

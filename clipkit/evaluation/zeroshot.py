@@ -73,21 +73,12 @@ class ZeroShot:
 
     def _metrics(self, first: Float[Array, " n"], five: Float[Array, " n"]) -> dict[str, Metric]:
         classes = len(self.prompts)
-        metrics = {"top1": _share(first, 1 / classes), "mean_per_class": self._mean_per_class(first)}
-        return metrics | ({"top5": _share(five, 5 / classes)} if classes > 5 else {})
-
-    def _mean_per_class(self, first: Float[Array, " n"]) -> Metric:
-        """Normal interval; each class's variance from its share with two right and two wrong added (Agresti, Coull)."""
-        sizes = np.bincount(self.labels, minlength=len(self.prompts))
-        right = np.bincount(self.labels, first, minlength=len(self.prompts))[sizes > 0]
-        sizes = sizes[sizes > 0]
-        value, smooth = float((right / sizes).mean()), (right + 2) / (sizes + 4)
-        half = Z95 * float(np.sqrt((smooth * (1 - smooth) / (sizes + 4)).sum())) / len(sizes)
-        return Metric(value, max(0.0, value - half), min(1.0, value + half), len(first), 1 / len(self.prompts))
+        metrics = {"top1": share(first, 1 / classes), "mean_per_class": mean_per_class(first, self.labels, classes)}
+        return metrics | ({"top5": share(five, 5 / classes)} if classes > 5 else {})
 
     def _by_class(self, first: Float[Array, " n"]) -> dict[str, dict[str, Metric]]:
         return {
-            name: {"top1": _share(first[self.labels == label], 1 / len(self.prompts))}
+            name: {"top1": share(first[self.labels == label], 1 / len(self.prompts))}
             for label, name in enumerate(self._names())
             if (self.labels == label).any()
         }
@@ -96,8 +87,8 @@ class ZeroShot:
         if len(self.benchmark.images) == 1:
             return {}
         places = np.array(self.places)
-        shares = {p: _share(first[places == p], 1 / len(self.prompts)) for p in dict.fromkeys(self.places)}
-        return {"images": {place: {"top1": share} for place, share in shares.items()}}
+        shares = {p: share(first[places == p], 1 / len(self.prompts)) for p in dict.fromkeys(self.places)}
+        return {"images": {place: {"top1": found} for place, found in shares.items()}}
 
     def _confusions(self, choice: Int[Array, " n"], count: int = 10) -> list[dict[str, Any]]:
         names, sizes = self._names(), Counter(self.labels.tolist())
@@ -174,7 +165,7 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
             f"{len(empty)} of {len(classes)} classes have no picture in "
             f"{', '.join(benchmark.images)} (class folders with pictures), the first is {empty[0]}"
         )
-    prompts = [_prompts(_display(names), benchmark.templates) for names in benchmark.classes.values()]
+    prompts = [prompts_of(_display(names), benchmark.templates) for names in benchmark.classes.values()]
     coverage = {"share": 1 - len(empty) / len(classes), "rows": len(pictures), "missing": {}}
     return ZeroShot(benchmark, pictures, np.array(labels), places, prompts, coverage)
 
@@ -207,8 +198,8 @@ def classify(
     named, found = _named(classes), _collect(images)
     if top < 1:
         raise UserError(f"top should be at least 1, got {top}")
-    wordings = TEMPLATES if templates is None else _lines(templates, "templates")
-    prompts = [_prompts(display, wordings) for display in named.values()]
+    wordings = TEMPLATES if templates is None else lines_of(templates, "templates")
+    prompts = [prompts_of(display, wordings) for display in named.values()]
     classifier = weights(Embedder(model, Roots(), batch_size=batch_size), prompts)
     batches = encode_pictures(model, found, _load, batch_size)
     rows = np.concatenate(list(watched(batches, len(found), "embedding pictures", progress)))
@@ -246,12 +237,24 @@ def _chosen(s: Float[Array, "n c"], labels: Int[Array, " n"], first: Float[Array
     return np.where(first == 1, labels, others.argmax(1))
 
 
-def _share(credit: Float[Array, " n"], chance: float) -> Metric:
+def mean_per_class(credit: Float[Array, " n"], labels: Int[Array, " n"], classes: int) -> Metric:
+    """Normal interval; each class's variance from its share with two right and two wrong added (Agresti, Coull)."""
+    sizes = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels, credit, minlength=classes)[sizes > 0]
+    sizes = sizes[sizes > 0]
+    value, smooth = float((right / sizes).mean()), (right + 2) / (sizes + 4)
+    half = Z95 * float(np.sqrt((smooth * (1 - smooth) / (sizes + 4)).sum())) / len(sizes)
+    return Metric(value, max(0.0, value - half), min(1.0, value + half), len(credit), 1 / classes)
+
+
+def share(credit: Float[Array, " n"], chance: float) -> Metric:
+    """The mean credit with its Wilson interval."""
     n, value = len(credit), float(credit.mean())
     return Metric(value, *wilson(value * n, n), n, chance)
 
 
-def _prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every template with every name. Raises UserError for a template without {}."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"template {template!r}: should hold {{}} where the class name goes")
@@ -267,13 +270,13 @@ def _named(classes: str | Path | Sequence[str] | Mapping[str, Any]) -> dict[str,
     if isinstance(classes, Mapping):
         named = {name: _display(display) for name, display in classes.items()}
     else:
-        named = {name: [name.replace("_", " ")] for name in _lines(classes, "classes")}
+        named = {name: [name.replace("_", " ")] for name in lines_of(classes, "classes")}
     if len(named) < 2:
         raise UserError(f"classes: give at least two different names to choose between, got {list(named)}")
     return named
 
 
-def _lines(given: str | Path | Sequence[str], what: str) -> list[str]:
+def lines_of(given: str | Path | Sequence[str], what: str) -> list[str]:
     """A list of strings from a list, a file with one a line, or (class names) "a,b,c"."""
     if not isinstance(given, str | Path):
         return list(given)

@@ -84,6 +84,7 @@ GROUPS = {
             "list": evaluation.list_benchmarks,
             "get": evaluation.get,
             "convert": evaluation.convert,
+            "folders": evaluation.folders,
             "check": evaluation.check,
         },
     ),

@@ -93,20 +93,35 @@ def zeroshot(
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Classes and templates of a benchmark.")] = None,
     templates: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts with {}, one a line.")] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Classes shown a picture.")] = 3,
+    none_below: Annotated[float | None, typer.Option(metavar="S", help="None of these, if less similar.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write .csv or .jsonl, and go on with it.")] = None,
     json_path: Json = None,
 ) -> None:
-    """Say which class each picture shows."""
+    """Say which class each picture shows.
+
+    With --out, very many: rows are written batch by batch, and the same call again goes on where the last one ended.
+    """
     if sum(given is not None for given in (classes, classes_file, dataset)) != 1:
         raise UserError("give one of --classes A,B,..., --classes-file FILE, --dataset NAME")
-    from clipkit.evaluation.zeroshot import classify
+    from clipkit.evaluation.zeroshot import Answers, classify, collect
     from clipkit.model.load import load
 
+    if out and json_path:
+        raise UserError("--out and --json: give one of them")
     names: Any = words(classes) if classes is not None else classes_file
     prompts: Any = templates
     if dataset:
         names, own = _classes_of(dataset)
         prompts = templates or own
-    found = classify(load(model), list(_with_stdin(images)), names, prompts, top=top, progress=sys.stderr.isatty())
+    progress, given = sys.stderr.isatty(), list(_with_stdin(images))
+    if out:
+        from clipkit.evaluation.sheet import write_answers
+
+        answers = Answers(load(model), names, prompts, top=top, none_below=none_below)
+        done = write_answers(answers, collect(given), out, about=model, progress=progress)
+        print_table(["", str(out)], list(done.items()))
+        return
+    found = classify(load(model), given, names, prompts, top=top, none_below=none_below, progress=progress)
     if json_path:
         write_json(found, json_path)
     if json_path != STDOUT:
@@ -214,9 +229,11 @@ def list_benchmarks(json_path: Json = None) -> None:
 
 
 def _way(benchmark: Any) -> str:
-    """The `clipkit bench` command that makes its rows: get, convert or none."""
+    """The `clipkit bench` command that makes its rows, or class folders: get, convert, folders or none."""
     from clipkit.evaluation.convert import CONVERTERS
 
+    if benchmark.torchvision:
+        return "folders"
     return "get" if benchmark.download else "convert" if benchmark.name in CONVERTERS else ""
 
 
@@ -249,6 +266,18 @@ def convert(
 
     own = settings_for(CONVERTERS[name], settings) if name in CONVERTERS else {}
     print_table(["", name], list(convert(name, source, out, **own).items()))
+
+
+def folders(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A zero-shot benchmark.")],
+    data: Annotated[Path, typer.Argument(metavar="ROOT", help="What torchvision's dataset takes as its root.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for NAME.tar.")] = Path("data"),
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch it first.")] = False,
+) -> None:
+    """Turn a torchvision dataset into class folders."""
+    from clipkit.evaluation.folders import export
+
+    print_table(["", name], list(export(name, data, out, download=download).items()))
 
 
 def check(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ Array = np.ndarray
 
 TEMPLATES = ["a photo of a {}.", "a picture of a {}.", "an image of a {}."]
 """Prompts where the user names none."""
+NONE = "none of these"
+"""The class of a picture that no class is near enough to."""
 
 
 @dataclass
@@ -185,6 +187,7 @@ def classify(
     templates: str | Path | Sequence[str] | None = None,
     *,
     top: int = 5,
+    none_below: float | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -193,29 +196,61 @@ def classify(
     `images`: a file, folder, glob, PIL picture, or a list of these. `classes`: names, name -> display name(s), "a,b,c",
     or a text file with one name a line; underscores become spaces. `templates`: prompts with {} for the name, or a
     text file of them. Probabilities are the softmax of the similarities at the model's own scale (100 where it has
-    none). Raises UserError for what cannot be read.
+    none). A picture whose best similarity is below `none_below` is NONE ("none of these"). Raises UserError for what
+    cannot be read.
     """
-    named, found = _named(classes), _collect(images)
-    if top < 1:
-        raise UserError(f"top should be at least 1, got {top}")
-    wordings = TEMPLATES if templates is None else lines_of(templates, "templates")
-    prompts = [prompts_of(display, wordings) for display in named.values()]
-    classifier = weights(Embedder(model, Roots(), batch_size=batch_size), prompts)
-    batches = encode_pictures(model, found, _load, batch_size)
-    rows = np.concatenate(list(watched(batches, len(found), "embedding pictures", progress)))
-    s = _cosines(rows, classifier)
-    powers = np.exp(_scale(model) * (s - s.max(1, keepdims=True)).astype(np.float64))
-    chances, labels = powers / powers.sum(1, keepdims=True), list(named)
-    best = np.argsort(-s, axis=1, kind="stable")[:, :top]
-    return [
-        {
-            "image": str(image) if isinstance(image, Path) else f"picture {n}",
-            "classes": [
-                {"class": labels[c], "probability": float(chances[n, c]), "similarity": float(s[n, c])} for c in best[n]
-            ],
-        }
-        for n, image in enumerate(found)
-    ]
+    answers = Answers(model, classes, templates, top=top, none_below=none_below, batch_size=batch_size)
+    found = collect(images)
+    names = [str(image) if isinstance(image, Path) else f"picture {n}" for n, image in enumerate(found)]
+    batches = watched(answers.embed(found, load_picture), len(found), "embedding pictures", progress)
+    ranked = [one for rows in batches for one in answers.of(rows)]
+    return [{"image": name, "classes": one} for name, one in zip(names, ranked, strict=True)]
+
+
+class Answers:
+    """A model and classes, and which class each picture is; see `classify`."""
+
+    def __init__(
+        self,
+        model: Model,
+        classes: str | Path | Sequence[str] | Mapping[str, Any],
+        templates: str | Path | Sequence[str] | None = None,
+        *,
+        top: int = 5,
+        none_below: float | None = None,
+        batch_size: int = 64,
+    ):
+        named = _named(classes)
+        if top < 1:
+            raise UserError(f"top should be at least 1, got {top}")
+        if NONE in named:
+            raise UserError(f"classes: {NONE!r} is what a picture of no class is called; name the class otherwise")
+        wordings = TEMPLATES if templates is None else lines_of(templates, "templates")
+        self.model, self.batch_size, self.top, self.none_below = model, batch_size, top, none_below
+        self.prompts = [prompts_of(display, wordings) for display in named.values()]
+        self.labels = list(named)
+        self._classifier = weights(Embedder(model, Roots(), batch_size=batch_size), self.prompts)
+
+    def embed(self, items: list[Any], load: Callable[[Any], Image.Image]) -> Iterator[Float[Array, "n d"]]:
+        """Embeddings of what `load` makes pictures of, batch by batch."""
+        return encode_pictures(self.model, items, load, self.batch_size)
+
+    def of(self, rows: Float[Array, "n d"]) -> list[list[dict[str, Any]]]:
+        """Each picture's best classes; NONE with the best one's numbers in front where that is not near enough."""
+        s = _cosines(rows, self._classifier)
+        powers = np.exp(_scale(self.model) * (s - s.max(1, keepdims=True)).astype(np.float64))
+        chances = powers / powers.sum(1, keepdims=True)
+        best = np.argsort(-s, axis=1, kind="stable")[:, : self.top]
+        out = []
+        for n, order in enumerate(best):
+            ranked = [
+                {"class": self.labels[c], "probability": float(chances[n, c]), "similarity": float(s[n, c])}
+                for c in order
+            ]
+            if self.none_below is not None and ranked[0]["similarity"] < self.none_below:
+                ranked = [ranked[0] | {"class": NONE}, *ranked][: self.top]
+            out.append(ranked)
+        return out
 
 
 def _cosines(images: Float[Array, "n d"], classifier: Float[Array, "c d"]) -> Float[Array, "n c"]:
@@ -289,13 +324,13 @@ def lines_of(given: str | Path | Sequence[str], what: str) -> list[str]:
     return [item.strip() for item in items if item.strip()]
 
 
-def _collect(images: Any) -> list[Path | Image.Image]:
+def collect(images: Any) -> list[Path | Image.Image]:
     """Files and PIL pictures, in the order given; folders and globs sorted."""
     found: list[Path | Image.Image] = []
     if isinstance(images, Image.Image):
         found = [images]
     elif not isinstance(images, str | Path):
-        found = [one for item in images for one in _collect(item)]
+        found = [one for item in images for one in collect(item)]
     elif Path(images).is_dir():
         inside = Folder(Path(images)).paths()
         found = [Path(images) / path for path in inside if path.rpartition(".")[2].lower() in PICTURES]
@@ -308,7 +343,8 @@ def _collect(images: Any) -> list[Path | Image.Image]:
     return found
 
 
-def _load(image: Path | Image.Image) -> Image.Image:
+def load_picture(image: Path | Image.Image) -> Image.Image:
+    """The picture in RGB. Raises UserError naming the file that cannot be read."""
     from clipkit.data.decode import read_picture
 
     if isinstance(image, Image.Image):

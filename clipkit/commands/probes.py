@@ -48,13 +48,13 @@ def probe(
         held = held.only(probes.few(held.labels, min(shots, 4, *probes.sizes(held.labels)), seed))
     encoder, progress = load(model), sys.stderr.isatty()
     texts = probes.class_texts(encoder, learned.classes, wordings)
-    sets = [probes.embed(encoder, data, progress=progress) for data in (learned, held, judged)]
-    found = [probes.zero_shot(*sets[1:], texts), probes.linear_probe(*sets, len(texts))]
+    seen, chosen_by, asked = (probes.embed(encoder, data, progress=progress) for data in (learned, held, judged))
+    found = [probes.zero_shot(chosen_by, asked, texts), probes.linear_probe(seen, chosen_by, asked, len(texts))]
     if shots:
-        found.append(probes.tip_adapter(*sets, texts))
-    said = [probes.summary(one, sets[2], len(texts)) for one in found]
+        found.append(probes.tip_adapter(seen, chosen_by, asked, texts))
+    said = [probes.summary(one, asked, len(texts)) for one in found]
     if json_path:
-        counts = dict(zip(("train", "validation", "test"), (len(one.y) for one in sets)))
+        counts = {"train": len(seen.y), "validation": len(chosen_by.y), "test": len(asked.y)}
         write_json({"model": model, "classes": learned.classes, "pictures": counts, "methods": said}, json_path)
     if json_path != STDOUT:
         print_table(COLUMNS, [_line(one) for one in said])

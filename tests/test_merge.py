@@ -21,6 +21,7 @@ from clipkit.model.load import save
 from clipkit.model.weights import mean_of_weights
 from tests.evaluation.fakes import write_benchmark
 from tests.model.tiny import TEXT, tiny, tiny_resnet
+from tests.typed import run as typed
 from tests.typed import well, wrong
 
 NOTHING = merge.Benchmarks()
@@ -160,7 +161,10 @@ def test_a_fine_tune_is_set_beside_its_start(models: list[str], benchmark: Path,
     )
     assert "difference" in said and 0 < line["p"] <= 1
     shutil.rmtree(run / "start")
-    well("eval", run, "--benchmark", benchmark, "--no-start")
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"start": str(tmp_path / "gone")}}))
+    done = typed("eval", run, "--benchmark", benchmark)
+    assert done.status == 0 and f"began from {tmp_path}/gone, which is not set beside it" in done.err
+    assert not typed("eval", run, "--benchmark", benchmark, "--no-start").err
     assert not (run / "start").exists()
 
 

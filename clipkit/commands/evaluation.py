@@ -60,7 +60,11 @@ def evaluate(
         write_json([json.loads(result.to_json()) for result in results], json_path)
     start = start_of(run) if run and not no_start else ""
     if run and start:
-        before = score(start, (out or run) / "start" / "results")
+        try:
+            before = score(start, (out or run) / "start" / "results")
+        except UserError as error:
+            print(f"{model} began from {start}, which is not set beside it (--no-start): {error}", file=sys.stderr)
+            return
         found = differences(before, results)
         write_json(found, str((out or run) / "forgetting.json"))
         if json_path != STDOUT:

@@ -20,6 +20,7 @@ from clipkit.data.members import PICTURES, Unreadable
 from clipkit.errors import UserError, did_you_mean
 from clipkit.evaluation.benchmark import Benchmark, Picture
 from clipkit.evaluation.embed import Embedder, Model, encode_pictures, watched
+from clipkit.evaluation.geometry import calibration
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Folder, Roots, split_reference
 from clipkit.evaluation.scores import Tie
@@ -57,6 +58,7 @@ class ZeroShot:
         own = s[np.arange(len(s)), self.labels]
         better, equal = (s > own[:, None]).sum(1), (s == own[:, None]).sum(1) - 1
         first, five = _credit(better, equal, 1, rule), _credit(better, equal, 5, rule)
+        scale = _scale(embedder.model)
         metrics, choice = self._metrics(first, five), _chosen(s, self.labels, first)
         return begin(
             self.benchmark,
@@ -67,7 +69,11 @@ class ZeroShot:
             breakdowns=self._by_place(first),
             tie={"policy": tie, "rule": rule, "rate": float(((equal > 0) & (better == 0)).mean()), "by_score": {}},
             coverage=self.coverage,
-            details={"classes": self._names(), "confusions": self._confusions(choice)},
+            details={
+                "classes": self._names(),
+                "confusions": self._confusions(choice),
+                "calibration": calibration(_probabilities(s, scale).max(1), first) | {"scale": scale},
+            },
             items=self._items(first, better, equal, choice),
             examples=self._examples(first, choice, s, embedder),
             protocol={"classes_and_templates_sha256": digest(repr(self.prompts))},
@@ -238,8 +244,7 @@ class Answers:
     def of(self, rows: Float[Array, "n d"]) -> list[list[dict[str, Any]]]:
         """Each picture's best classes; NONE with the best one's numbers in front where that is not near enough."""
         s = _cosines(rows, self._classifier)
-        powers = np.exp(_scale(self.model) * (s - s.max(1, keepdims=True)).astype(np.float64))
-        chances = powers / powers.sum(1, keepdims=True)
+        chances = _probabilities(s, _scale(self.model))
         best = np.argsort(-s, axis=1, kind="stable")[:, : self.top]
         out = []
         for n, order in enumerate(best):
@@ -256,6 +261,11 @@ class Answers:
 def _cosines(images: Float[Array, "n d"], classifier: Float[Array, "c d"]) -> Float[Array, "n c"]:
     # fp64 inside: classes of the same name must tie exactly wherever they stand in the product.
     return (images.astype(np.float64) @ classifier.T.astype(np.float64)).astype(np.float32)
+
+
+def _probabilities(s: Float[Array, "n c"], scale: float) -> Float[Array, "n c"]:
+    powers = np.exp(scale * (s - s.max(1, keepdims=True)).astype(np.float64))
+    return powers / powers.sum(1, keepdims=True)
 
 
 def _credit(better: Int[Array, " n"], equal: Int[Array, " n"], k: int, tie: Tie) -> Float[Array, " n"]:

@@ -71,6 +71,13 @@ def test_oracle(folder):
     assert result.details["confusions"] == []
 
 
+def test_calibration_of_the_class_chosen(folder):
+    model = Knows(wrong=range(4))
+    model.scale = 1000.0  # sure of everything, and wrong of 4 in 49
+    found = run(folder, model).details["calibration"]
+    assert found["scale"] == 1000.0 and found["ece"] == pytest.approx(4 / 49, abs=1e-6)
+
+
 def test_mean_per_class_and_confusions(folder):
     # All four red foxes are taken for cats.
     result = run(folder, Knows(wrong=range(4)))

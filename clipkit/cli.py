@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, negatives, planning, runs
+from clipkit.commands import data, evaluation, launch, negatives, planning, probes, runs
 from clipkit.errors import PeerFailed, Stopped, UserError
 
 
@@ -51,6 +51,8 @@ app = _group(
         "eval": evaluation.evaluate,
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
+        "merge": evaluation.merge,
+        "probe": probes.probe,
         "sweep": runs.sweep,
         "methods": runs.list_methods,
         "demo": runs.demo,
@@ -86,6 +88,7 @@ GROUPS = {
             "list": evaluation.list_benchmarks,
             "get": evaluation.get,
             "convert": evaluation.convert,
+            "folders": evaluation.folders,
             "check": evaluation.check,
         },
     ),

@@ -406,13 +406,13 @@ def test_eval_says_what_is_missing(model: Path, benchmark: Path) -> None:
 
 
 def test_a_runs_results_lie_in_the_run(tmp_path: Path) -> None:
-    from clipkit.commands.evaluation import _results_folder
+    from clipkit.evaluation.forgetting import run_of
 
     last = tmp_path / "run" / "checkpoints" / "step_00000001"
     last.mkdir(parents=True)
     for model in (tmp_path / "run", last):
-        assert _results_folder(str(model)) == tmp_path / "run" / "results"
-    assert _results_folder("ViT-B-32:openai") is None
+        assert run_of(str(model)) == tmp_path / "run"
+    assert run_of("ViT-B-32:openai") is None
 
 
 def test_bench_check_reads_rows_and_finds_pictures(pictures: Path, benchmark: Path) -> None:

@@ -1,10 +1,11 @@
-"""eval, zeroshot, compare, bench: numbers out of models."""
+"""eval, zeroshot, compare, merge, bench: numbers out of models."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,34 +29,64 @@ def evaluate(
     json_path: Json = None,
     allow_missing: Missing = False,
     tie: Tie = "official",
+    no_start: Annotated[bool, typer.Option("--no-start", help="Leave out the model that a run started from.")] = False,
 ) -> None:
-    """Score a model on benchmarks."""
+    """Score a model on benchmarks.
+
+    Of a run that began from another model, that one too: RUN/start/results, and the differences in RUN/forgetting.json.
+    """
     if not suite and not benchmark:
         raise UserError("name a --suite or a --benchmark; `clipkit bench list` shows them")
+    from clipkit.evaluation.forgetting import differences, run_of, start_of
     from clipkit.evaluation.run import evaluate
     from clipkit.model.load import load
 
-    results = evaluate(
-        load(model),
-        suite=suite,
-        benchmarks=benchmark,
-        roots=pairs(root, "--root"),
-        out=out or _results_folder(model),
-        allow_missing=allow_missing,
-        tie=tie,
-        model_name=model,
-        show=json_path != STDOUT,
-    )
+    def score(reference: str, folder: Path | None) -> list[Any]:
+        return evaluate(
+            load(reference),
+            suite=suite,
+            benchmarks=benchmark,
+            roots=pairs(root, "--root"),
+            out=folder,
+            allow_missing=allow_missing,
+            tie=tie,
+            model_name=reference,
+            show=json_path != STDOUT,
+        )
+
+    run = run_of(model)
+    results = score(model, out or (run / "results" if run else None))
     if json_path:
         write_json([json.loads(result.to_json()) for result in results], json_path)
+    start = start_of(run) if run and not no_start else ""
+    if run and start:
+        try:
+            before = score(start, (out or run) / "start" / "results")
+        except UserError as error:
+            print(f"{model} began from {start}, which is not set beside it (--no-start): {error}", file=sys.stderr)
+            return
+        found = differences(before, results)
+        write_json(found, str((out or run) / "forgetting.json"))
+        if json_path != STDOUT:
+            print_table(FORGETTING, [_forgotten(line) for line in found], f"against its start, {start}")
 
 
-def _results_folder(model: str) -> Path | None:
-    """`results/` of the run that the model came from; nothing for models that are no run."""
-    for folder in (Path(model), *Path(model).parents):
-        if (folder / "checkpoints").is_dir():
-            return folder / "results"
-    return None
+FORGETTING = ["benchmark", "metric", "start", "now", "difference", "95 %", "p"]
+
+
+def _forgotten(line: dict[str, Any]) -> tuple[str, ...]:
+    shares = (
+        f"{line[key]:.0f}" if line["metric"].endswith("rank") else f"{100 * line[key]:.1f}" for key in ("start", "now")
+    )
+    tested = line["low"] is not None
+    return (
+        line["benchmark"],
+        line["metric"],
+        *shares,
+        f"{100 * line['difference']:+.1f}",
+        f"{100 * line['low']:+.1f} to {100 * line['high']:+.1f}" if tested else "",
+        "" if line["p"] is None else f"{line['p']:.2g}",
+    )
 
 
 def zeroshot(
@@ -66,20 +97,35 @@ def zeroshot(
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Classes and templates of a benchmark.")] = None,
     templates: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts with {}, one a line.")] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Classes shown a picture.")] = 3,
+    none_below: Annotated[float | None, typer.Option(metavar="S", help="None of these, if less similar.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write .csv or .jsonl, and go on with it.")] = None,
     json_path: Json = None,
 ) -> None:
-    """Say which class each picture shows."""
+    """Say which class each picture shows.
+
+    With --out, very many: rows are written batch by batch, and the same call again goes on where the last one ended.
+    """
     if sum(given is not None for given in (classes, classes_file, dataset)) != 1:
         raise UserError("give one of --classes A,B,..., --classes-file FILE, --dataset NAME")
-    from clipkit.evaluation.zeroshot import classify
+    from clipkit.evaluation.zeroshot import Answers, classify, collect
     from clipkit.model.load import load
 
+    if out and json_path:
+        raise UserError("--out and --json: give one of them")
     names: Any = words(classes) if classes is not None else classes_file
     prompts: Any = templates
     if dataset:
         names, own = _classes_of(dataset)
         prompts = templates or own
-    found = classify(load(model), list(_with_stdin(images)), names, prompts, top=top, progress=sys.stderr.isatty())
+    progress, given = sys.stderr.isatty(), list(_with_stdin(images))
+    if out:
+        from clipkit.evaluation.sheet import write_answers
+
+        answers = Answers(load(model), names, prompts, top=top, none_below=none_below)
+        done = write_answers(answers, collect(given), out, about=model, progress=progress)
+        print_table(["", str(out)], list(done.items()))
+        return
+    found = classify(load(model), given, names, prompts, top=top, none_below=none_below, progress=progress)
     if json_path:
         write_json(found, json_path)
     if json_path != STDOUT:
@@ -122,6 +168,56 @@ def compare(
     print(write_report(list(zip(names, runs)), out))
 
 
+def merge(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Two models, or for a soup any number.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for merged models and report.html.")],
+    alphas: Annotated[str, typer.Option(metavar="A,B,...", help="Shares of the second model.")] = "0,0.25,0.5,0.75,1",
+    soup: Annotated[Literal["uniform", "greedy"] | None, typer.Option(help="A mean of all, or of the best.")] = None,
+    held_out: Annotated[str | None, typer.Option(metavar="NAME", help="Benchmark that chooses a greedy soup.")] = None,
+    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Evaluate every merged model on a suite.")] = None,
+    benchmark: Names = None,
+    root: Roots = None,
+    allow_missing: Missing = False,
+    json_path: Json = None,
+) -> None:
+    """Merge models of one architecture by their weights.
+
+    Two models at several shares (WiSE-FT), or a soup; with benchmarks, a table and a report of what each scores.
+    """
+    if (soup == "greedy") != (held_out is not None):
+        raise UserError("--soup greedy and --held-out NAME belong together")
+    if soup is None and len(models) != 2:
+        raise UserError(f"--alphas are for two models, found {len(models)}; --soup merges more")
+    shares = _shares(alphas)
+    from clipkit import merge
+
+    on = merge.Benchmarks(suite, tuple(benchmark or ()), pairs(root, "--root"), allow_missing)
+    if soup == "uniform":
+        made = merge.uniform_soup(models, out, on)
+    elif held_out is not None:
+        made = merge.greedy_soup(models, held_out, out, on)
+    else:
+        made = merge.interpolate(models[0], models[1], shares, out, on)
+    if json_path:
+        scores = [{r.benchmark: asdict(r.score) | {"metric": r.headline} for r in one.results} for one in made]
+        write_json(
+            [
+                {"model": one.name, "folder": str(one.folder), "shares": one.shares, "scores": found}
+                for one, found in zip(made, scores, strict=True)
+            ],
+            json_path,
+        )
+    if json_path != STDOUT:
+        print_table(*merge.rows(made))
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in words(text)]
+    except ValueError:
+        raise UserError(f"--alphas {text}: should be numbers between 0 and 1, A,B,...") from None
+
+
 def list_benchmarks(json_path: Json = None) -> None:
     """List benchmarks, their suites and sources."""
     from clipkit.evaluation import benchmark
@@ -137,9 +233,11 @@ def list_benchmarks(json_path: Json = None) -> None:
 
 
 def _way(benchmark: Any) -> str:
-    """The `clipkit bench` command that makes its rows: get, convert or none."""
+    """The `clipkit bench` command that makes its rows, or class folders: get, convert, folders or none."""
     from clipkit.evaluation.convert import CONVERTERS
 
+    if benchmark.torchvision:
+        return "folders"
     return "get" if benchmark.download else "convert" if benchmark.name in CONVERTERS else ""
 
 
@@ -172,6 +270,18 @@ def convert(
 
     own = settings_for(CONVERTERS[name], settings) if name in CONVERTERS else {}
     print_table(["", name], list(convert(name, source, out, **own).items()))
+
+
+def folders(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A zero-shot benchmark.")],
+    data: Annotated[Path, typer.Argument(metavar="ROOT", help="What torchvision's dataset takes as its root.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for NAME.tar.")] = Path("data"),
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch it first.")] = False,
+) -> None:
+    """Turn a torchvision dataset into class folders."""
+    from clipkit.evaluation.folders import export
+
+    print_table(["", name], list(export(name, data, out, download=download).items()))
 
 
 def check(

@@ -125,6 +125,8 @@ class Benchmark(Section):
     """Zero-shot: class folder -> name shown to the model (several names: their mean)."""
     templates: list[str] = []
     """Zero-shot: prompts with {} for the class name."""
+    torchvision: dict[str, str | int | bool] | None = None
+    """Zero-shot: `name` of the torchvision.datasets class that `clipkit bench folders` reads, and its settings."""
 
     shards: list[str] = []
     """Retrieval: tar shards, `source:` or `source:glob`, pictures with all their captions."""

@@ -18,6 +18,7 @@ from clipkit.data.members import PICTURES, SHEETS, Unreadable, read_sheet
 from clipkit.errors import UserError
 from clipkit.evaluation.benchmark import Benchmark, Picture
 from clipkit.evaluation.embed import Embedder
+from clipkit.evaluation.geometry import alignment, modality_gap, uniformity
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Roots, split_reference
 from clipkit.evaluation.scores import Tie
@@ -88,7 +89,14 @@ class Retrieval:
             by_category={},
             tie={"policy": tie, "rule": rule, "rate": rates[top.partition("/")[0]], "by_score": rates},
             coverage=self.coverage,
-            details={"pictures": len(images), "captions": len(self.written), "different_captions": len(texts)},
+            details={
+                "pictures": len(images),
+                "captions": len(self.written),
+                "different_captions": len(texts),
+                "alignment": alignment(images[self.owner], texts[self.written]),
+                "uniformity": {"pictures": uniformity(images), "captions": uniformity(texts)},
+                "modality_gap": modality_gap(images, texts),
+            },
             items=_items("t2i", t2i, self._query_names(), clusters["t2i"], rule)
             + _items("i2t", i2t, names, names, rule),
             examples=self._examples(t2i, i2t, embedder, rule),

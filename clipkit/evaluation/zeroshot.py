@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from clipkit.data.members import PICTURES, Unreadable
 from clipkit.errors import UserError, did_you_mean
 from clipkit.evaluation.benchmark import Benchmark, Picture
 from clipkit.evaluation.embed import Embedder, Model, encode_pictures, watched
+from clipkit.evaluation.geometry import calibration
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Folder, Roots, split_reference
 from clipkit.evaluation.scores import Tie
@@ -29,6 +30,8 @@ Array = np.ndarray
 
 TEMPLATES = ["a photo of a {}.", "a picture of a {}.", "an image of a {}."]
 """Prompts where the user names none."""
+NONE = "none of these"
+"""The class of a picture that no class is near enough to."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ class ZeroShot:
         own = s[np.arange(len(s)), self.labels]
         better, equal = (s > own[:, None]).sum(1), (s == own[:, None]).sum(1) - 1
         first, five = _credit(better, equal, 1, rule), _credit(better, equal, 5, rule)
+        scale = _scale(embedder.model)
         metrics, choice = self._metrics(first, five), _chosen(s, self.labels, first)
         return begin(
             self.benchmark,
@@ -65,7 +69,11 @@ class ZeroShot:
             breakdowns=self._by_place(first),
             tie={"policy": tie, "rule": rule, "rate": float(((equal > 0) & (better == 0)).mean()), "by_score": {}},
             coverage=self.coverage,
-            details={"classes": self._names(), "confusions": self._confusions(choice)},
+            details={
+                "classes": self._names(),
+                "confusions": self._confusions(choice),
+                "calibration": calibration(_probabilities(s, scale).max(1), first) | {"scale": scale},
+            },
             items=self._items(first, better, equal, choice),
             examples=self._examples(first, choice, s, embedder),
             protocol={"classes_and_templates_sha256": digest(repr(self.prompts))},
@@ -73,21 +81,12 @@ class ZeroShot:
 
     def _metrics(self, first: Float[Array, " n"], five: Float[Array, " n"]) -> dict[str, Metric]:
         classes = len(self.prompts)
-        metrics = {"top1": _share(first, 1 / classes), "mean_per_class": self._mean_per_class(first)}
-        return metrics | ({"top5": _share(five, 5 / classes)} if classes > 5 else {})
-
-    def _mean_per_class(self, first: Float[Array, " n"]) -> Metric:
-        """Normal interval; each class's variance from its share with two right and two wrong added (Agresti, Coull)."""
-        sizes = np.bincount(self.labels, minlength=len(self.prompts))
-        right = np.bincount(self.labels, first, minlength=len(self.prompts))[sizes > 0]
-        sizes = sizes[sizes > 0]
-        value, smooth = float((right / sizes).mean()), (right + 2) / (sizes + 4)
-        half = Z95 * float(np.sqrt((smooth * (1 - smooth) / (sizes + 4)).sum())) / len(sizes)
-        return Metric(value, max(0.0, value - half), min(1.0, value + half), len(first), 1 / len(self.prompts))
+        metrics = {"top1": share(first, 1 / classes), "mean_per_class": mean_per_class(first, self.labels, classes)}
+        return metrics | ({"top5": share(five, 5 / classes)} if classes > 5 else {})
 
     def _by_class(self, first: Float[Array, " n"]) -> dict[str, dict[str, Metric]]:
         return {
-            name: {"top1": _share(first[self.labels == label], 1 / len(self.prompts))}
+            name: {"top1": share(first[self.labels == label], 1 / len(self.prompts))}
             for label, name in enumerate(self._names())
             if (self.labels == label).any()
         }
@@ -96,8 +95,8 @@ class ZeroShot:
         if len(self.benchmark.images) == 1:
             return {}
         places = np.array(self.places)
-        shares = {p: _share(first[places == p], 1 / len(self.prompts)) for p in dict.fromkeys(self.places)}
-        return {"images": {place: {"top1": share} for place, share in shares.items()}}
+        shares = {p: share(first[places == p], 1 / len(self.prompts)) for p in dict.fromkeys(self.places)}
+        return {"images": {place: {"top1": found} for place, found in shares.items()}}
 
     def _confusions(self, choice: Int[Array, " n"], count: int = 10) -> list[dict[str, Any]]:
         names, sizes = self._names(), Counter(self.labels.tolist())
@@ -174,7 +173,7 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
             f"{len(empty)} of {len(classes)} classes have no picture in "
             f"{', '.join(benchmark.images)} (class folders with pictures), the first is {empty[0]}"
         )
-    prompts = [_prompts(_display(names), benchmark.templates) for names in benchmark.classes.values()]
+    prompts = [prompts_of(_display(names), benchmark.templates) for names in benchmark.classes.values()]
     coverage = {"share": 1 - len(empty) / len(classes), "rows": len(pictures), "missing": {}}
     return ZeroShot(benchmark, pictures, np.array(labels), places, prompts, coverage)
 
@@ -194,6 +193,7 @@ def classify(
     templates: str | Path | Sequence[str] | None = None,
     *,
     top: int = 5,
+    none_below: float | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -202,34 +202,70 @@ def classify(
     `images`: a file, folder, glob, PIL picture, or a list of these. `classes`: names, name -> display name(s), "a,b,c",
     or a text file with one name a line; underscores become spaces. `templates`: prompts with {} for the name, or a
     text file of them. Probabilities are the softmax of the similarities at the model's own scale (100 where it has
-    none). Raises UserError for what cannot be read.
+    none). A picture whose best similarity is below `none_below` is NONE ("none of these"). Raises UserError for what
+    cannot be read.
     """
-    named, found = _named(classes), _collect(images)
-    if top < 1:
-        raise UserError(f"top should be at least 1, got {top}")
-    wordings = TEMPLATES if templates is None else _lines(templates, "templates")
-    prompts = [_prompts(display, wordings) for display in named.values()]
-    classifier = weights(Embedder(model, Roots(), batch_size=batch_size), prompts)
-    batches = encode_pictures(model, found, _load, batch_size)
-    rows = np.concatenate(list(watched(batches, len(found), "embedding pictures", progress)))
-    s = _cosines(rows, classifier)
-    powers = np.exp(_scale(model) * (s - s.max(1, keepdims=True)).astype(np.float64))
-    chances, labels = powers / powers.sum(1, keepdims=True), list(named)
-    best = np.argsort(-s, axis=1, kind="stable")[:, :top]
-    return [
-        {
-            "image": str(image) if isinstance(image, Path) else f"picture {n}",
-            "classes": [
-                {"class": labels[c], "probability": float(chances[n, c]), "similarity": float(s[n, c])} for c in best[n]
-            ],
-        }
-        for n, image in enumerate(found)
-    ]
+    answers = Answers(model, classes, templates, top=top, none_below=none_below, batch_size=batch_size)
+    found = collect(images)
+    names = [str(image) if isinstance(image, Path) else f"picture {n}" for n, image in enumerate(found)]
+    batches = watched(answers.embed(found, load_picture), len(found), "embedding pictures", progress)
+    ranked = [one for rows in batches for one in answers.of(rows)]
+    return [{"image": name, "classes": one} for name, one in zip(names, ranked, strict=True)]
+
+
+class Answers:
+    """A model and classes, and which class each picture is; see `classify`."""
+
+    def __init__(
+        self,
+        model: Model,
+        classes: str | Path | Sequence[str] | Mapping[str, Any],
+        templates: str | Path | Sequence[str] | None = None,
+        *,
+        top: int = 5,
+        none_below: float | None = None,
+        batch_size: int = 64,
+    ):
+        named = _named(classes)
+        if top < 1:
+            raise UserError(f"top should be at least 1, got {top}")
+        if NONE in named:
+            raise UserError(f"classes: {NONE!r} is what a picture of no class is called; name the class otherwise")
+        wordings = TEMPLATES if templates is None else lines_of(templates, "templates")
+        self.model, self.batch_size, self.top, self.none_below = model, batch_size, top, none_below
+        self.prompts = [prompts_of(display, wordings) for display in named.values()]
+        self.labels = list(named)
+        self._classifier = weights(Embedder(model, Roots(), batch_size=batch_size), self.prompts)
+
+    def embed(self, items: list[Any], load: Callable[[Any], Image.Image]) -> Iterator[Float[Array, "n d"]]:
+        """Embeddings of what `load` makes pictures of, batch by batch."""
+        return encode_pictures(self.model, items, load, self.batch_size)
+
+    def of(self, rows: Float[Array, "n d"]) -> list[list[dict[str, Any]]]:
+        """Each picture's best classes; NONE with the best one's numbers in front where that is not near enough."""
+        s = _cosines(rows, self._classifier)
+        chances = _probabilities(s, _scale(self.model))
+        best = np.argsort(-s, axis=1, kind="stable")[:, : self.top]
+        out = []
+        for n, order in enumerate(best):
+            ranked = [
+                {"class": self.labels[c], "probability": float(chances[n, c]), "similarity": float(s[n, c])}
+                for c in order
+            ]
+            if self.none_below is not None and ranked[0]["similarity"] < self.none_below:
+                ranked = [ranked[0] | {"class": NONE}, *ranked][: self.top]
+            out.append(ranked)
+        return out
 
 
 def _cosines(images: Float[Array, "n d"], classifier: Float[Array, "c d"]) -> Float[Array, "n c"]:
     # fp64 inside: classes of the same name must tie exactly wherever they stand in the product.
     return (images.astype(np.float64) @ classifier.T.astype(np.float64)).astype(np.float32)
+
+
+def _probabilities(s: Float[Array, "n c"], scale: float) -> Float[Array, "n c"]:
+    powers = np.exp(scale * (s - s.max(1, keepdims=True)).astype(np.float64))
+    return powers / powers.sum(1, keepdims=True)
 
 
 def _credit(better: Int[Array, " n"], equal: Int[Array, " n"], k: int, tie: Tie) -> Float[Array, " n"]:
@@ -246,12 +282,24 @@ def _chosen(s: Float[Array, "n c"], labels: Int[Array, " n"], first: Float[Array
     return np.where(first == 1, labels, others.argmax(1))
 
 
-def _share(credit: Float[Array, " n"], chance: float) -> Metric:
+def mean_per_class(credit: Float[Array, " n"], labels: Int[Array, " n"], classes: int) -> Metric:
+    """Normal interval; each class's variance from its share with two right and two wrong added (Agresti, Coull)."""
+    sizes = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels, credit, minlength=classes)[sizes > 0]
+    sizes = sizes[sizes > 0]
+    value, smooth = float((right / sizes).mean()), (right + 2) / (sizes + 4)
+    half = Z95 * float(np.sqrt((smooth * (1 - smooth) / (sizes + 4)).sum())) / len(sizes)
+    return Metric(value, max(0.0, value - half), min(1.0, value + half), len(credit), 1 / classes)
+
+
+def share(credit: Float[Array, " n"], chance: float) -> Metric:
+    """The mean credit with its Wilson interval."""
     n, value = len(credit), float(credit.mean())
     return Metric(value, *wilson(value * n, n), n, chance)
 
 
-def _prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every template with every name. Raises UserError for a template without {}."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"template {template!r}: should hold {{}} where the class name goes")
@@ -267,13 +315,13 @@ def _named(classes: str | Path | Sequence[str] | Mapping[str, Any]) -> dict[str,
     if isinstance(classes, Mapping):
         named = {name: _display(display) for name, display in classes.items()}
     else:
-        named = {name: [name.replace("_", " ")] for name in _lines(classes, "classes")}
+        named = {name: [name.replace("_", " ")] for name in lines_of(classes, "classes")}
     if len(named) < 2:
         raise UserError(f"classes: give at least two different names to choose between, got {list(named)}")
     return named
 
 
-def _lines(given: str | Path | Sequence[str], what: str) -> list[str]:
+def lines_of(given: str | Path | Sequence[str], what: str) -> list[str]:
     """A list of strings from a list, a file with one a line, or (class names) "a,b,c"."""
     if not isinstance(given, str | Path):
         return list(given)
@@ -286,13 +334,13 @@ def _lines(given: str | Path | Sequence[str], what: str) -> list[str]:
     return [item.strip() for item in items if item.strip()]
 
 
-def _collect(images: Any) -> list[Path | Image.Image]:
+def collect(images: Any) -> list[Path | Image.Image]:
     """Files and PIL pictures, in the order given; folders and globs sorted."""
     found: list[Path | Image.Image] = []
     if isinstance(images, Image.Image):
         found = [images]
     elif not isinstance(images, str | Path):
-        found = [one for item in images for one in _collect(item)]
+        found = [one for item in images for one in collect(item)]
     elif Path(images).is_dir():
         inside = Folder(Path(images)).paths()
         found = [Path(images) / path for path in inside if path.rpartition(".")[2].lower() in PICTURES]
@@ -305,7 +353,8 @@ def _collect(images: Any) -> list[Path | Image.Image]:
     return found
 
 
-def _load(image: Path | Image.Image) -> Image.Image:
+def load_picture(image: Path | Image.Image) -> Image.Image:
+    """The picture in RGB. Raises UserError naming the file that cannot be read."""
     from clipkit.data.decode import read_picture
 
     if isinstance(image, Image.Image):

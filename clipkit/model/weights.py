@@ -1,13 +1,16 @@
-"""Weights from disk into a model, if they fit it."""
+"""Weights from disk into a model, and of several models into one, if they fit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
 from clipkit import distributed
+from clipkit.errors import UserError
 from clipkit.model.spec import WEIGHTS, another_architecture, checkpoint_at, differing_settings, read_model_json
 
 if TYPE_CHECKING:
@@ -38,3 +41,45 @@ def weights_into(model: DualEncoder, path: str | Path) -> None:
         raise another_architecture(folder, problems)
     for name, tensor in own.items():
         distributed.fill(tensor, state[name])
+
+
+def mean_of_weights(parts: Iterable[tuple[str, float, DualEncoder]]) -> DualEncoder:
+    """The model whose weights are the sum of share × weights over (name, share, model); shares should add up to 1.
+
+    Models may come one by one, of each only its weights are kept. Averaged in float64, so that equal models give
+    themselves; what counts (whole numbers) is the first one's. WiSE-FT (arXiv 2109.01903), soups (arXiv 2203.05482).
+    Raises UserError for models of different architectures, naming two of them and what differs first.
+    """
+    first, base, total = "", None, {}
+    for name, share, model in parts:
+        state = model.state_dict()
+        if base is None:
+            first, base = name, model
+            total = {key: share * x.double() if x.is_floating_point() else x.clone() for key, x in state.items()}
+            continue
+        if problems := _differences(model, base):
+            raise UserError(
+                f"{name} and {first}: cannot be merged, they are of different architectures:\n  "
+                + "\n  ".join(problems[:3])
+            )
+        for key, x in state.items():
+            if x.is_floating_point():
+                total[key] += share * x.double()
+    assert base is not None, "a mean of nothing"
+    base.load_state_dict(total)
+    return base
+
+
+def _differences(model: DualEncoder, base: DualEncoder) -> list[str]:
+    """What keeps the weights of one from meaning the same in the other, a line each."""
+    problems = differing_settings(model.spec, base.spec)
+    for what in ("tokenizer.name", "tokenizer.context_length", "preprocess"):
+        there, here = (attrgetter(what)(one) for one in (model, base))
+        if there != here:
+            problems.append(f"{what}: {there} there, {here} here")
+    shapes = [{key: list(x.shape) for key, x in one.state_dict().items()} for one in (model, base)]
+    for key in sorted(shapes[0].keys() | shapes[1].keys()):
+        there, here = (table.get(key, "missing") for table in shapes)
+        if there != here:
+            problems.append(f"tensor {key}: {there} there, {here} here")
+    return problems

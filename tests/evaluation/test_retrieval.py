@@ -61,6 +61,10 @@ def test_agrees_with_a_plain_loop(tmp_path):
         assert result.metrics[f"{direction}/median_rank"].value == np.median(ranks)
         assert [item["rank"] for item in result.items if item["category"] == direction] == ranks
     assert (result.n, result.headline) == (200, "t2i/r1")
+    pairs = [float(((images[q // 5] - texts[q]) ** 2).sum()) for q in range(200)]
+    assert result.details["alignment"] == pytest.approx(np.mean(pairs), rel=1e-4)
+    assert result.details["modality_gap"] == pytest.approx(np.linalg.norm(images.mean(0) - texts.mean(0)), rel=1e-4)
+    assert result.details["uniformity"].keys() == {"pictures", "captions"}
 
 
 def test_oracle_constant_random(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import tarfile
@@ -12,8 +13,10 @@ import pytest
 from clipkit.errors import UserError
 from clipkit.evaluation import benchmark as data
 from clipkit.evaluation.embed import Embedder
+from clipkit.evaluation.folders import export
 from clipkit.evaluation.roots import Roots
-from clipkit.evaluation.zeroshot import classify, prepare, weights
+from clipkit.evaluation.sheet import write_answers
+from clipkit.evaluation.zeroshot import NONE, Answers, classify, collect, prepare, weights
 from tests.evaluation.fakes import Constant, Counting, Random, name_of, picture
 
 CLASSES = ["red_fox", "cat", "dog", "cow", "owl", "bee", "elk"]
@@ -66,6 +69,13 @@ def test_oracle(folder):
     }
     assert result.n == sum(range(4, 11)) and result.headline == "top1"
     assert result.details["confusions"] == []
+
+
+def test_calibration_of_the_class_chosen(folder):
+    model = Knows(wrong=range(4))
+    model.scale = 1000.0  # sure of everything, and wrong of 4 in 49
+    found = run(folder, model).details["calibration"]
+    assert found["scale"] == 1000.0 and found["ece"] == pytest.approx(4 / 49, abs=1e-6)
 
 
 def test_mean_per_class_and_confusions(folder):
@@ -201,3 +211,116 @@ def test_classify_names_the_unreadable_picture(folder):
     (folder / "set" / "cat" / "4.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"cannot read picture .*/cat/4.png"):
         classify(Random(), folder / "set", CLASSES)
+
+
+def test_none_of_these(folder):
+    best = classify(Random(), folder / "set" / "cat", CLASSES)
+    floor = float(np.median([one["classes"][0]["similarity"] for one in best]))
+    judged = classify(Random(), folder / "set" / "cat", CLASSES, none_below=floor, top=2)
+    for plain, one in zip(best, judged):
+        near = plain["classes"][0]["similarity"] >= floor
+        assert one["classes"][0]["class"] == (plain["classes"][0]["class"] if near else NONE)
+        assert len(one["classes"]) == 2 and one["classes"][0]["similarity"] == plain["classes"][0]["similarity"]
+    with pytest.raises(UserError, match="is what a picture of no class is called"):
+        classify(Random(), picture(0), ["cat", NONE])
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_answers_on_disk_go_on_where_they_ended(folder, tmp_path, form):
+    file, pictures = tmp_path / f"found.{form}", collect(folder / "set")
+    whole = tmp_path / f"whole.{form}"
+    answers = Answers(Random(), CLASSES, top=2, batch_size=8)
+    assert write_answers(answers, pictures, whole) == {"pictures": 49, "there already": 0, "unreadable": 0}
+    write_answers(answers, pictures[:20], file)
+    file.write_text(file.read_text()[:-9])  # interrupted in the middle of a row
+    assert write_answers(answers, pictures, file) == {"pictures": 49, "there already": 19, "unreadable": 0}
+    assert file.read_text() == whole.read_text()
+    plain = classify(Random(), folder / "set", CLASSES, top=2)
+    if form == "jsonl":
+        assert [json.loads(line) for line in file.read_text().splitlines()] == plain
+    else:
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        assert [(r["image"], r["class"], r["class_2"]) for r in rows] == [
+            (one["image"], *(c["class"] for c in one["classes"])) for one in plain
+        ]
+    with pytest.raises(UserError, match="holds answers of another model, other classes or settings"):
+        write_answers(Answers(Random(), CLASSES, top=3), pictures, file)
+
+
+def test_answers_on_disk_name_what_cannot_be_read(folder, tmp_path):
+    (folder / "set" / "cat" / "4.png").write_bytes(b"nothing")
+    file = tmp_path / "found.jsonl"
+    done = write_answers(Answers(Random(), CLASSES), collect(folder / "set" / "cat"), file)
+    assert done["unreadable"] == 1
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["classes"] == [] for row in rows] == ["error" in row for row in rows] == [True] + [False] * 4
+    with pytest.raises(UserError, match="should end in .csv or .jsonl"):
+        write_answers(Answers(Random(), CLASSES), [], tmp_path / "found.parquet")
+
+
+class Toy:
+    """What torchvision's datasets look like."""
+
+    def __init__(self, root, split="train", download=False):
+        if split != "test":
+            raise RuntimeError("Dataset not found")
+        self.labels = [0, 1, 2, 1]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, number):
+        return picture(number), self.labels[number]
+
+
+def test_torchvision_sets_become_class_folders(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets, "Toy", Toy, raising=False)
+    fields = {
+        "name": "toy",
+        "kind": "zeroshot",
+        "version": "1",
+        "title": "toy",
+        "images": ["toy:"],
+        "templates": ["a {}"],
+    }
+    fields |= {"classes": {f"{n:04}": name for n, name in enumerate(("ant", "bee", "cow"))}}
+    file = tmp_path / "toy.yaml"
+
+    def exported(**changes):
+        file.write_text(json.dumps(fields | {"torchvision": {"name": "Toy", "split": "test"}} | changes))
+        return export(str(file), tmp_path, tmp_path)
+
+    assert exported() == {"tar": str(tmp_path / "toy.tar"), "pictures": 4, "classes": 3}
+    task = prepare(data.load(file), Roots({"toy": tmp_path / "toy.tar"}))
+    assert task.labels.tolist() == [0, 1, 1, 2]
+    opened = [Embedder(Random(), Roots({"toy": tmp_path / "toy.tar"})).open(p) for p in task.pictures]
+    assert [name_of(image) for image in opened] == [name_of(picture(n)) for n in (0, 1, 3, 2)]
+    with pytest.raises(UserError, match="finds no data there: Dataset not found"):
+        exported(torchvision={"name": "Toy"})
+    with pytest.raises(UserError, match="has 2 classes, but picture 2 is of class 2"):
+        exported(classes={"0000": "ant", "0001": "bee"})
+    with pytest.raises(UserError, match="has 4 classes, but the dataset has pictures of 3 only"):
+        exported(classes=fields["classes"] | {"0003": "dog"})
+    assert [path.name for path in tmp_path.glob(".toy*")] == []
+
+
+SETS = {"cifar100": 100, "food101": 101, "dtd": 47, "oxford_pets": 37, "flowers102": 102, "imagenet": 1000}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_published_sets_name_their_classes_by_number(name):
+    from torchvision import datasets
+
+    found = data.load(name)
+    assert list(found.classes) == [f"{n:04}" for n in range(SETS[name])]
+    assert found.torchvision is not None and hasattr(datasets, str(found.torchvision["name"]))
+    assert all("{}" in template for template in found.templates)
+    if name == "imagenet":
+        import open_clip
+
+        assert list(found.classes.values()) == list(open_clip.IMAGENET_CLASSNAMES)
+        prompts = [template("x") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        assert [template.replace("{}", "x") for template in found.templates] == prompts

@@ -180,6 +180,7 @@ def _about(benchmark: Compared, names: Sequence[str]) -> Html:
         "Headline": label(result.headline),
         "Rows": f"{result.n:,}, version {result.version}",
         "Ties": f"{result.tie.get('rule')} ({result.tie.get('policy')} rule), {listed(ties)}",
+        **_geometry(benchmark, names),
         "Note": result.about.get("note", ""),
         "Leakage": result.about.get("leakage", ""),
         "Licence": result.about.get("licence", ""),
@@ -187,6 +188,23 @@ def _about(benchmark: Compared, names: Sequence[str]) -> Html:
     }
     said = [[el("dt", name), el("dd", text)] for name, text in facts.items() if text]
     return join(el("p", result.about.get("about", "")), el("dl", said))
+
+
+def _geometry(benchmark: Compared, names: Sequence[str]) -> dict[str, str]:
+    """What probabilities and embeddings are like, where the kind of benchmark tells."""
+    details = [(r.details, name) for r, name in zip(benchmark.results, names) if r]
+    calibrated = [f"{100 * d['calibration']['ece']:.1f} % in {name}" for d, name in details if "calibration" in d]
+    spread = [
+        f"{d['alignment']:.2f}, {d['uniformity']['pictures']:.2f}, {d['uniformity']['captions']:.2f}, "
+        f"{d['modality_gap']:.2f} in {name}"
+        for d, name in details
+        if "modality_gap" in d
+    ]
+    said = {
+        "Calibration error (probability of the class chosen against how often it is right)": calibrated,
+        "Alignment of pairs, uniformity of pictures, of captions, modality gap": spread,
+    }
+    return {what: listed(found) for what, found in said.items() if found}
 
 
 def _baselines(benchmark: Compared, names: Sequence[str]) -> Html | None:

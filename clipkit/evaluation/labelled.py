@@ -1,0 +1,65 @@
+"""Pictures with a class each: folders or tars of class folders. Axes: n pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from clipkit.data.members import PICTURES, Unreadable
+from clipkit.errors import UserError, did_you_mean
+from clipkit.evaluation.roots import Roots
+
+Array = np.ndarray
+
+
+@dataclass
+class Labelled:
+    """Pictures by something that `open` takes, their classes' numbers, and the classes' names."""
+
+    items: list[Any]
+    labels: Int[Array, " n"]
+    classes: list[str]
+    open: Callable[[Any], Image.Image]
+
+    def only(self, chosen: Int[Array, " m"]) -> Labelled:
+        """These pictures of it."""
+        return Labelled([self.items[n] for n in chosen], self.labels[chosen], self.classes, self.open)
+
+    def renumbered(self, classes: list[str], where: str) -> Labelled:
+        """The same pictures under the numbers of `classes`. Raises UserError for a class that is not among them."""
+        number = {name: n for n, name in enumerate(classes)}
+        if strange := [name for name in self.classes if name not in number]:
+            raise UserError(
+                f"{where}: class {strange[0]} is not among the training classes{did_you_mean(strange[0], number)}"
+            )
+        places = np.array([number[name] for name in self.classes])
+        return Labelled(self.items, places[self.labels], classes, self.open)
+
+
+def read_labelled(place: str) -> Labelled:
+    """`place`: a folder or tar of class folders. Raises UserError where there are no two classes."""
+    roots = Roots({"here": place})
+    items, names = [], []
+    for path in roots.paths("here"):
+        name, slash, _ = path.removeprefix("./").partition("/")
+        if slash and path.rpartition(".")[2].lower() in PICTURES:
+            items.append(path)
+            names.append(name)
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        raise UserError(f"{place}: should hold class folders with pictures, found {classes or 'none'}")
+
+    def load(path: str) -> Image.Image:
+        from clipkit.data.decode import read_picture
+
+        try:
+            return read_picture(roots.read("here", path))
+        except Unreadable as error:
+            raise UserError(f"cannot read picture {place}/{path}: {error}") from None
+
+    return Labelled(items, np.unique(np.array(names), return_inverse=True)[1], classes, load)

@@ -83,7 +83,11 @@ def _words_kept(case: Case) -> bool:
 
 
 def _words_changed(case: Case) -> bool:
-    return case.kind.startswith(("swap", "reshuffle")) and not case.same_words
+    return case.kind.startswith(("swap", "reshuffle", "permute")) and not case.same_words
+
+
+def _words_lost(case: Case) -> bool:
+    return case.kind.startswith("add") and not Counter(map(concept, case.original)) <= Counter(map(concept, case.words))
 
 
 def _stutter(case: Case) -> bool:
@@ -100,11 +104,11 @@ def _wrong_article(case: Case) -> bool:
 
 
 def _said_elsewhere(case: Case) -> bool:
-    """Another caption that speaks of the same things has the new word in the place of the old one.
+    """Another caption that speaks of the same things has the new word, for an old one in its place or added.
 
     Of a relation it has to name the things in the same order: "a heart below a star" does not put the star below.
     """
-    if not case.kind.startswith("replace"):
+    if not case.kind.startswith(("replace", "add")):
         return False
     ours, theirs = content(case.text), content(case.caption)
     new, old, kept = ours - theirs, theirs - ours, ours & theirs
@@ -137,6 +141,7 @@ CHECKS: dict[str, Callable[[Case], bool]] = {
     "too long": _too_long,
     "only synonyms replaced": _words_kept,
     "words changed": _words_changed,
+    "words lost": _words_lost,
     "repeated word": _stutter,
     "wrong article": _wrong_article,
     "another caption says so": _said_elsewhere,

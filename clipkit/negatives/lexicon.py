@@ -306,6 +306,16 @@ class Lexicon:
         return frozenset(form for form, readings in self.nouns.forms.items() if readings[0][0].count == "name")
 
     @cached_property
+    def added(self) -> dict[str, list[str]]:
+        """Noun group or domain ("thing" where there is none) -> attributes that such a thing seldom has."""
+        return {domain: words(text) for domain, text in self.tree["additions"]["attributes"].items()}
+
+    @cached_property
+    def unadorned(self) -> frozenset[str]:
+        """Noun groups that get no attribute."""
+        return frozenset(words(self.tree["additions"]["never"]))
+
+    @cached_property
     def genders(self) -> dict[str, str]:
         """Lemma -> he or she."""
         return {lemma: gender for gender, text in self.tree["nouns"]["genders"].items() for lemma in words(text)}
@@ -314,7 +324,7 @@ class Lexicon:
 @lru_cache(maxsize=1)
 def lexicon() -> Lexicon:
     """The packaged lexicon."""
-    tree = {name: _read(name) for name in ("nouns", "attributes", "verbs", "relations", "letters")}
+    tree = {name: _read(name) for name in ("nouns", "attributes", "verbs", "relations", "letters", "additions")}
     groups = {f"relation {i}": {"members": members} for i, members in enumerate(tree["relations"]["groups"])}
     return Lexicon(
         nouns=Nouns(tree["nouns"]),

@@ -2,36 +2,35 @@
 
 DeGLA's five (arXiv 2504.16801): intra-sentence reshuffle {reshuffle, swap_nouns, swap_adjectives} and minimal
 substitution {replace_adjectives, replace_nouns}; beside them swap_noun_phrases, replace_verbs and replace_relations.
+Further kinds: clauses.py (who does what, negation, numbers) and additions.py (what is not there, SugarCrepe).
 A candidate always differs in meaning as far as words can tell; clipkit.negatives.filters has the last word.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import combinations
 from random import Random
-from typing import TypeVar
 
 from clipkit.negatives.english import as_words, put, write
 from clipkit.negatives.lexicon import Lexicon, Noun, Value, lexicon
 from clipkit.negatives.orders import reorder
-from clipkit.negatives.swaps import alone, animate, equivalent, may_move, may_trade, moves, noun_for_slot, suits
+from clipkit.negatives.rewrites import OFFERS, Rewrites, draw, exchange_phrases, ordered
+from clipkit.negatives.swaps import (
+    alone,
+    animate,
+    equivalent,
+    joins_things,
+    may_move,
+    may_trade,
+    moves,
+    noun_for_slot,
+    owned_attributes,
+    suits,
+)
 from clipkit.negatives.tagging import Parsed, Phrase, parse
 from clipkit.registry import rule
-
-Offer = TypeVar("Offer")
-
-OFFERS = 2
-"""Candidates made for each word that can be replaced."""
-
-
-class Rewrites(list[str]):
-    """Candidate rewrites of one caption, in random order; `reason` says why there are none."""
-
-    def __init__(self, texts: Iterable[str] = (), reason: str = ""):
-        super().__init__(texts)
-        self.reason = reason
 
 
 @rule()
@@ -43,7 +42,7 @@ def reshuffle(caption: str, rng: Random, *, draws: int = 4) -> Rewrites:
     """
     if len(re.findall(r"\w+", caption)) < 3:
         return Rewrites(reason="fewer than three words")
-    return _ordered(rng, reorder(caption, rng, draws), reason="every order drawn says the same")
+    return ordered(rng, reorder(caption, rng, draws), reason="every order drawn says the same")
 
 
 @rule()
@@ -57,11 +56,11 @@ def swap_nouns(caption: str, rng: Random) -> Rewrites:
     for a, b, same in _exchangeable(parsed, lex):
         texts = alike if animate(a) == animate(b) else mixed
         if not same and may_move(parsed, a, b):
-            texts.append(_exchange_phrases(parsed, a, b, caption))
+            texts.append(exchange_phrases(parsed, a, b, caption))
         into_a, into_b = noun_for_slot(b, a), noun_for_slot(a, b)
         if into_a and into_b and not parsed.is_compound(a) and not parsed.is_compound(b):
             texts.append(put(parsed, {a.stop - 1: into_a, b.stop - 1: into_b}, caption))
-    return _ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
+    return ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
 
 
 @rule()
@@ -74,17 +73,15 @@ def swap_noun_phrases(caption: str, rng: Random) -> Rewrites:
     alike, mixed = [], []
     for a, b, same in _exchangeable(parsed, lex):
         if not same and may_move(parsed, a, b):
-            (alike if animate(a) == animate(b) else mixed).append(_exchange_phrases(parsed, a, b, caption))
-    return _ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
+            (alike if animate(a) == animate(b) else mixed).append(exchange_phrases(parsed, a, b, caption))
+    return ordered(rng, alike, mixed, reason="no two things whose exchange changes the meaning")
 
 
 @rule()
 def swap_adjectives(caption: str, rng: Random) -> Rewrites:
     """Two things exchange an attribute, of one class where there is such a pair; else one attribute moves over."""
     lex, parsed = lexicon(), parse(caption)
-    owned = [(i, phrase) for phrase in parsed.phrases for i in phrase.modifiers]
-    owned += [(i, parsed.phrases[owner]) for i, owner in parsed.predicates]
-    owned = [(i, phrase) for i, phrase in owned if parsed.tokens[i].lower not in lex.fixed_attributes]
+    owned = owned_attributes(parsed, lex)
     if not owned:
         return Rewrites(reason="no attribute")
     alike, mixed = [], []
@@ -100,7 +97,7 @@ def swap_adjectives(caption: str, rng: Random) -> Rewrites:
     words = as_words(parsed.tokens)
     moved = (write([words[i] for i in order], caption) for order in moves(parsed, owned, lex))
     texts = alike or mixed or list(moved)
-    return _ordered(rng, texts, reason="no two attributes whose exchange changes the meaning")
+    return ordered(rng, texts, reason="no two attributes whose exchange changes the meaning")
 
 
 @rule()
@@ -120,9 +117,9 @@ def replace_adjectives(caption: str, rng: Random) -> Rewrites:
         if loose or measure or (i in heads and parsed.is_negated(heads[i])):
             continue
         offers = _attribute_offers(token.lower, heads.get(i), lex)
-        fresh = [o.name for o in _draw(rng, offers) if o.member not in said]
+        fresh = [o.name for o in draw(rng, offers) if o.member not in said]
         texts += [put(parsed, {i: name}, caption) for name in fresh[:OFFERS]]
-    return _ordered(rng, texts, reason="no attribute with a known opposite or alternative")
+    return ordered(rng, texts, reason="no attribute with a known opposite or alternative")
 
 
 @rule()
@@ -133,22 +130,22 @@ def replace_nouns(caption: str, rng: Random) -> Rewrites:
     said = set[str]().union(*map(lex.nouns.kin, lemmas))
     texts = []
     for phrase in parsed.phrases:
-        if parsed.is_negated(phrase):
+        if parsed.is_negated(phrase) or parsed.before(phrase) == "very":
             continue
         head = phrase.stop - 1
         game = _game_modifier(parsed, phrase, lex)
         if game is not None:
-            games = [o.lemma for o in _draw(rng, lex.nouns.offers(game)) if o.lemma not in lemmas]
+            games = [o.lemma for o in draw(rng, lex.nouns.offers(game)) if o.lemma not in lemmas]
             texts += [put(parsed, {head - 1: name}, caption) for name in games[:OFFERS]]
         if phrase.sense is None or phrase.head in lex.nouns.fixed or parsed.is_compound(phrase):
             continue
         if parsed.after(phrase) == "of" or (phrase.sense.count == "mass" and parsed.before(phrase) == "of"):
             continue
-        drawn = [o for o in _draw(rng, lex.nouns.offers(phrase.sense)) if o.lemma not in said]
+        drawn = [o for o in draw(rng, lex.nouns.offers(phrase.sense)) if o.lemma not in said]
         for offer, form in [(o, form) for o in drawn if (form := noun_for_slot(o, phrase))][:OFFERS]:
             changes = {head: form} | _pronouns(parsed, phrase, offer, lex)
             texts.append(put(parsed, changes, caption))
-    return _ordered(rng, texts, reason="no noun with a known co-hyponym")
+    return ordered(rng, texts, reason="no noun with a known co-hyponym")
 
 
 @rule()
@@ -160,10 +157,12 @@ def replace_verbs(caption: str, rng: Random) -> Rewrites:
         base, form = lex.verbs.forms.get(token.lower, ("", ""))
         if token.letter not in "VG" or base not in lex.verbs:
             continue
-        use = "object" if re.match("[DPNJCQ]", parsed.letters[i + 1 :]) else "alone"
-        offers = [o.name for o in _draw(rng, lex.verbs.offers(base)) if o.use in (use, "any")]
+        if parsed.tokens[i + 1 : i + 2] and parsed.tokens[i + 1].lower in ("down", "up"):
+            continue
+        use = "object" if re.match("[DPNCQ]|J+N", parsed.letters[i + 1 :]) else "alone"
+        offers = [o.name for o in draw(rng, lex.verbs.offers(base)) if o.use in (use, "any")]
         texts += [put(parsed, {i: lex.verbs.inflect(name, form)}, caption) for name in offers[:OFFERS]]
-    return _ordered(rng, texts, reason="no verb with a known alternative")
+    return ordered(rng, texts, reason="no verb with a known alternative")
 
 
 @rule()
@@ -174,24 +173,10 @@ def replace_relations(caption: str, rng: Random) -> Rewrites:
     for i, token in enumerate(parsed.tokens):
         if mirrored := _mirrored(parsed, i):
             texts.append(put(parsed, {i: mirrored}, caption))
-        elif token.letter == "I" and token.lower in lex.relations and _joins_things(parsed, i, lex):
-            offers = _draw(rng, lex.relations.offers(token.lower))
+        elif token.letter == "I" and token.lower in lex.relations and joins_things(parsed, i, lex):
+            offers = draw(rng, lex.relations.offers(token.lower))
             texts += [put(parsed, {i: o.name}, caption) for o in offers[:OFFERS]]
-    return _ordered(rng, texts, reason="no relation with a known converse")
-
-
-# -- writing candidates ------------------------------------------------------------------------------------------------
-
-
-def _draw(rng: Random, offers: Sequence[Offer]) -> list[Offer]:
-    """A few offers in random order: lists are long, every caption asks, and few are needed."""
-    return rng.sample(offers, min(3 * OFFERS, len(offers)))
-
-
-def _ordered(rng: Random, *tiers: list[str], reason: str) -> Rewrites:
-    """The candidates of each tier in random order, better tiers first."""
-    texts = [text for tier in tiers for text in rng.sample(tier, len(tier))]
-    return Rewrites(dict.fromkeys(texts), reason="" if texts else reason)
+    return ordered(rng, texts, reason="no relation with a known converse")
 
 
 def _exchangeable(parsed: Parsed, lex: Lexicon) -> Iterator[tuple[Phrase, Phrase, str]]:
@@ -203,14 +188,6 @@ def _exchangeable(parsed: Parsed, lex: Lexicon) -> Iterator[tuple[Phrase, Phrase
         same = equivalent(parsed, a, b, lex)
         if not (same and parsed.attributes(a) == parsed.attributes(b)):
             yield a, b, same
-
-
-def _exchange_phrases(parsed: Parsed, a: Phrase, b: Phrase, caption: str) -> str:
-    words = as_words(parsed.tokens)
-    order = (
-        words[: a.start] + words[b.start : b.stop] + words[a.stop : b.start] + words[a.start : a.stop] + words[b.stop :]
-    )
-    return write(order, caption)
 
 
 # -- nouns -------------------------------------------------------------------------------------------------------------
@@ -279,16 +256,3 @@ def _mirrored(parsed: Parsed, i: int) -> str:
         if not _SIDE_BEFORE.search(before) and not _SIDE_AFTER.match(after):
             return ""
     return " ".join(_SIDES.get(word, word) for word in token.lower.split())
-
-
-def _joins_things(parsed: Parsed, i: int, lex: Lexicon) -> bool:
-    """Whether the relation at i stands before a thing ("on a bench", not "on a sunny day", "plays with", "sits up")."""
-    following = next((p for p in parsed.phrases if p.start == i + 1), None)
-    if following is None or following.sense is None or following.head in lex.nouns.fixed:
-        return False
-    word = parsed.tokens[i].lower
-    if word == "by" and parsed.tokens[i - 1].letter == "X":
-        return False
-    if word == "with":
-        return parsed.tokens[i - 1].letter == "N"
-    return not (word == "on" and following.sense.group in ("dog gear", "day parts", "devices", "signs"))

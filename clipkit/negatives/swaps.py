@@ -19,6 +19,8 @@ def equivalent(parsed: Parsed, a: Phrase, b: Phrase, lex: Lexicon) -> str:
     joints = [t for i, t in enumerate(between, a.stop) if i not in covered]
     if joints and all(token.letter in ",&" or token.lower in _AND for token in joints):
         return "list"
+    if len(joints) == 1 and joints[0].letter == "I" and joints[0].lower == parsed.before(a):
+        return "relation"  # "in a hat in a shop" is "in a shop in a hat"
     if _both(a, b, "worn") and not any(p.sense and p.sense.animate for p in inside):
         return "worn"
     if not inside and _symmetric(between, a, b, lex):
@@ -152,3 +154,26 @@ def _rank(parsed: Parsed, i: int, lex: Lexicon) -> int:
     if parsed.tokens[i].letter == "C":
         return -1
     return max((_LATE.get(group, 0) for group in lex.attributes.groups(parsed.tokens[i].lower)), default=0)
+
+
+def joins_things(parsed: Parsed, i: int, lex: Lexicon) -> bool:
+    """Whether the relation at i stands before a thing ("on a bench", not "on a sunny day", "plays with", "sits up")."""
+    following = next((p for p in parsed.phrases if p.start == i + 1), None)
+    if following is None or following.sense is None or following.head in lex.nouns.fixed:
+        return False
+    word = parsed.tokens[i].lower
+    before = parsed.tokens[i - 1] if i else None
+    if word == "by" and before and (before.letter == "X" or before.lower.endswith("ed")):
+        return False
+    if word == "after" and before and before.letter in "VG":
+        return False
+    if word == "with":
+        return parsed.tokens[i - 1].letter == "N"
+    return not (word == "on" and following.sense.group in ("dog gear", "day parts", "devices", "signs"))
+
+
+def owned_attributes(parsed: Parsed, lex: Lexicon) -> list[tuple[int, Phrase]]:
+    """(position, the phrase it is said of) of the attributes that can move."""
+    owned = [(i, phrase) for phrase in parsed.phrases for i in phrase.modifiers]
+    owned += [(i, parsed.phrases[owner]) for i, owner in parsed.predicates]
+    return [(i, phrase) for i, phrase in owned if parsed.tokens[i].lower not in lex.fixed_attributes]

@@ -158,6 +158,8 @@ def _letter(word: str, tag: str, letters: str, before: str, before_noun: bool, f
         return "C" if word == "one" else "D"
     if word in lex.letters:
         return lex.letters[word]
+    if word.isdigit():
+        return "C"
     if tag in ("IN", "TO") and word not in lex.nouns.forms and word not in lex.attributes:
         return "I"
     if word.endswith("ing") and not before_noun and word not in lex.nouns.forms and word not in lex.nouns.fixed:

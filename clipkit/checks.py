@@ -86,14 +86,40 @@ def cross_check(config: Config) -> list[str]:
     problems += _check_captions(config.data) + _check_sources(config.data)
     if config.engine.checkpoint_activations and config.model.lock_image and config.model.lock_text:
         problems.append("engine.checkpoint_activations: both towers are locked, nothing is kept for a backward pass")
-    if config.engine.kind != "deepspeed" and config.engine.zero_stage != 1:
-        problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {config.engine.kind}")
+    problems += _check_engine(config)
     if config.optim.kind == "lion" and config.optim.eps is not None:
         problems.append("optim.eps: belongs to optim.kind: adamw; lion divides by nothing")
     if config.samples < config.batch_size:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    return problems
+
+
+def _check_engine(config: Config) -> list[str]:
+    """What an engine cannot carry out rightly."""
+    engine, problems, advice = config.engine, [], "use engine.kind: fsdp"
+    if engine.precision == "fp16" and engine.kind == "deepspeed":
+        problems.append(
+            "engine.precision: fp16 is scaled by deepspeed's own rules, which no checkpoint keeps; use bf16"
+        )
+    if engine.precision == "fp16" and config.adversary.eps:
+        problems.append("engine.precision: fp16 has no numbers for the gradients at pixels of adversary.eps; use bf16")
+    if engine.kind != "deepspeed" and engine.zero_stage != 1:
+        problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {engine.kind}")
+    if engine.kind != "deepspeed" or engine.zero_stage < 3:
+        return problems
+    if config.model.lock_image or config.model.lock_text:
+        problems.append(f"engine.zero_stage: 3 divides locked towers, which student and teacher share; {advice}")
+    if config.adversary.eps:
+        problems.append(
+            f"engine.zero_stage: 3 has no weights outside of its forward, adversary.eps needs them; {advice}"
+        )
+    problems += [
+        f"engine.zero_stage: 3 gathers weights for whole towers, objective.{term} reads inside of them; {advice}"
+        for term in config.objective
+        if "local_logit" in TERMS.entry(term).needs
+    ]
     return problems
 
 

@@ -234,8 +234,10 @@ class EngineConfig(Section):
 
     kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """`ddp` also covers a single process; `fsdp` divides weights, gradients and moments among ranks."""
-    zero_stage: Literal[1, 2] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What `deepspeed` divides: nothing, moments, gradients as well, weights as well."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What towers compute in; weights and moments are fp32. `fp16` scales the loss and may skip the first steps."""
     accumulate: Positive = 1
     """Parts that a rank's share of the batch is encoded in, one after the other: memory of one part, gradient of the
     whole, one more forward (cached accumulation)."""

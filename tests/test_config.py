@@ -141,7 +141,29 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
             "objective.triplet needs data.negative_images: 2 (a picture for each of data.negatives), got 1",
         ),
         ("objective: {}", "objective: needs at least one term"),
+        (
+            "engine: {kind: deepspeed, precision: fp16}",
+            "engine.precision: fp16 is scaled by deepspeed's own rules, which no checkpoint keeps; use bf16",
+        ),
+        (
+            "engine: {precision: fp16}\nadversary: {eps: 1}",
+            "engine.precision: fp16 has no numbers for the gradients at pixels of adversary.eps; use bf16",
+        ),
         ("engine: {zero_stage: 2}", "engine.zero_stage: belongs to engine.kind: deepspeed, got ddp"),
+        (
+            "engine: {kind: deepspeed, zero_stage: 3}\nmodel: {lock_text: true}",
+            "engine.zero_stage: 3 divides locked towers, which student and teacher share; use engine.kind: fsdp",
+        ),
+        (
+            "engine: {kind: deepspeed, zero_stage: 3}\nadversary: {eps: 1}",
+            "engine.zero_stage: 3 has no weights outside of its forward, adversary.eps needs them; "
+            "use engine.kind: fsdp",
+        ),
+        (
+            "engine: {kind: deepspeed, zero_stage: 3}\nobjective: {fsc_local: {}}\ndata: {negatives: 1}",
+            "engine.zero_stage: 3 gathers weights for whole towers, objective.fsc_local reads inside of them; "
+            "use engine.kind: fsdp",
+        ),
         ("samples: 10", "samples: 10 is less than one batch (256)"),
         (
             "adversary: {eps: 1}\nmodel: {lock_image: true}",

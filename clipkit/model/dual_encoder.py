@@ -156,7 +156,7 @@ class DualEncoder(nn.Module):
             id=batch.id,
             group=batch.group,
             scale=self.scale,
-            bias=self.bias,
+            bias=None if self.bias is None else self.bias.clone(),  # the parameter may leave with its engine
         )
 
     def _encode_pictures(self, batch: Batch, roles: Collection[str]) -> dict[str, Tensor]:
@@ -467,11 +467,10 @@ class _ClampAbove(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.most = most
+        ctx.save_for_backward(x >= most)  # not x: engines that divide the model take it away until the next forward
         return x.clamp(max=most)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        return grad.masked_fill((x >= ctx.most) & (grad < 0), 0.0), None
+        (above,), (grad,) = ctx.saved_tensors, grads
+        return grad.masked_fill(above & (grad < 0), 0.0), None

@@ -33,6 +33,8 @@ FLOAT = 4
 """Bytes of a number in float32, which weights, gradients and moments are."""
 BUCKET_BYTES = 500_000_000 * FLOAT
 """Of DeepSpeed's buffer for gradients on their way (its `reduce_bucket_size`)."""
+LIVE = 1_000_000_000
+"""Parameters that DeepSpeed keeps gathered under ZeRO-3 (its `stage3_max_live_parameters`)."""
 SMALL, LARGE = (32, 64, 96), (768, 1024, 1280)
 """Pairs that the objective is tried with, for a parabola through them: as matrices, and where it works in tiles."""
 IMAGES = ("image", "negative_image", "view_image")
@@ -181,7 +183,7 @@ class Budget:
             "optimizer moments": sharded(self._moments(), self.gpus, stage >= 1),
             "teacher": sharded(self.teacher_weights * FLOAT, self.gpus, config.engine.kind == "fsdp"),
         } | self._on_their_way()
-        if config.engine.kind == "deepspeed":
+        if config.engine.kind == "deepspeed" and stage:
             parts["weights' part for the optimizer"] = sharded(learning * FLOAT, self.gpus, True)
         if config.engine.precision != "fp32":
             parts["weights in half precision"] = sum(cost.casts for cost in self.cost.values())
@@ -198,7 +200,10 @@ class Budget:
     def _on_their_way(self) -> dict[str, float]:
         """What an engine holds in full for a while of what it divides or sums."""
         if self.config.engine.kind == "deepspeed":
-            return {"gradients on their way": BUCKET_BYTES}
+            found: dict[str, float] = {"gradients on their way": BUCKET_BYTES}
+            if self.config.engine.zero_stage == 3:
+                found["weights gathered"] = min(self.learning, LIVE) * FLOAT
+            return found
         if self.config.engine.kind == "ddp":
             return {"gradients on their way": self.learning * FLOAT} if self.gpus > 1 else {}  # a copy in its buckets
         rest, block = self._gathered

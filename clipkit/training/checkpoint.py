@@ -5,7 +5,7 @@
       teacher.safetensors                when there is one with weights of its own
       terms.safetensors                  when there is one that remembers something
       optimizer.safetensors              moments by parameter name, in full, whatever the engine shards
-      state.json                         step, position in the data, what the guard counted, config
+      state.json                         step, position in the data, what the guard counted, the loss scale, config
       rng_0.safetensors …                one per rank
 
 Everything is written into a hidden folder first and renamed when complete, so a killed save leaves no half
@@ -87,6 +87,7 @@ class Checkpoints:
                 "restore the shards, or start a new run that begins from this checkpoint with model.start"
             ) from None
         self.guard.load_state(state["guard"])
+        self.engine.load_state(state.get("engine", {}))
         self._load(last)
         return step
 
@@ -147,6 +148,7 @@ class Checkpoints:
             "step": step,
             "position": self.plan.position(step),
             "guard": self.guard.state(),
+            "engine": self.engine.state(),
             "config": self.config.model_dump(mode="json"),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clipkit import distributed
 from clipkit.checks import check_split
 from clipkit.config import Config
 from clipkit.data.batch import Batch
@@ -28,6 +30,7 @@ from clipkit.model.weights import weights_into
 from clipkit.training.accumulate import EmbeddingCache
 from clipkit.training.adversary import attacked
 from clipkit.training.optim import MOMENTS
+from clipkit.training.scaling import LossScale
 
 
 class Engine:
@@ -37,6 +40,7 @@ class Engine:
         self.config = config
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.parts = config.engine.accumulate
+        self.scaling = LossScale() if config.engine.precision == "fp16" else None
         check_split(config, self.world)
         self.device: torch.device = self._join()
         self.bare: Any
@@ -62,9 +66,9 @@ class Engine:
         teacher.to(self.device)
 
     def autocast(self, *, cache: bool = True) -> torch.autocast:
-        """bf16 compute on fp32 parameters when asked for."""
-        enabled = self.config.engine.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+        """Half-precision compute on fp32 parameters when asked for."""
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.engine.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=cache)
 
     def embed(self, batch: Batch) -> Embeddings:
         """This rank's embeddings; with `engine.accumulate` only values, whose gradient `backward` takes further.
@@ -88,6 +92,8 @@ class Engine:
         then updated already, or has skipped if the norm is not finite.
         """
         loss = loss * (1.0 + (loss.detach() - loss.detach()))  # times 1, or NaN: never a finite gradient of an inf
+        if self.scaling:
+            loss = loss * self.scaling.value
         if self.parts == 1:
             self._descend(loss)
         else:
@@ -99,10 +105,18 @@ class Engine:
                         surrogate = self._cache.surrogate(number)
                     self._descend(surrogate)
             del self._cache
+        if self.scaling:
+            self.scaling.undo([distributed.part(p.grad) for _, p in self._learning() if p.grad is not None])
         return self._clipped(self.config.optim.grad_clip or float("inf"))
+
+    def excuses(self, loss: Tensor) -> bool:
+        """Whether a gradient that is not finite would be the loss scale's doing, which then halves: not the run's."""
+        return self.scaling is not None and self.scaling.value > 1 and bool(torch.isfinite(loss))
 
     def update(self) -> None:
         """Take the step that `backward` prepared."""
+        if self.scaling:
+            self.scaling.fits()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -110,7 +124,18 @@ class Engine:
         """Drop the gradient, and what the batch did to running statistics."""
         for buffer, before in self._statistics:
             buffer.copy_(before)
+        if self.scaling:
+            self.scaling.overflowed()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and moments."""
+        return {"scaling": asdict(self.scaling)} if self.scaling else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave, also in another precision."""
+        if self.scaling and "scaling" in state:
+            self.scaling = LossScale(**state["scaling"])
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, each in full. All ranks ask together."""
@@ -204,9 +229,9 @@ class Engine:
 def engine_for(config: Config) -> Engine:
     """The engine that the config asks for; it has met the other ranks."""
     if config.engine.kind == "deepspeed":
-        from clipkit.training.zero import ZeroEngine
+        from clipkit.training.zero import zero_engine_for
 
-        return ZeroEngine(config)
+        return zero_engine_for(config)
     if config.engine.kind == "fsdp":
         from clipkit.training.fsdp import ShardingEngine
 

@@ -51,9 +51,10 @@ class Guard:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def passes(self, norm: Tensor) -> bool:
+    def passes(self, norm: Tensor, *, excused: bool = False) -> bool:
         """Whether the step may be taken: its gradient norm is finite on every rank. All ranks ask together.
 
+        One that is skipped and `excused` (the loss scale's doing) does not bring the run closer to going back.
         Costs one all-reduce of three bytes, and the host waits for the device.
         """
         late = distributed.is_main() and monotonic() - self._saved_at >= self._save_after_s
@@ -61,7 +62,7 @@ class Guard:
         bad, self.stopping, self.save_due = distributed.anywhere(torch.cat([~torch.isfinite(norm).view(1), here]))
         self.skipped += bad
         self.updates += not bad
-        self.streak = self.streak + 1 if bad else 0
+        self.streak = self.streak + (not excused) if bad else 0
         return not bad
 
     def saved(self) -> None:

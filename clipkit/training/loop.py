@@ -79,7 +79,7 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
             loss, terms = objective(z.world(), at=z if log.due(step + 1) else None)
             norm = engine.backward(loss)
             last = step + 1
-            if guard.passes(norm):  # one answer on all ranks
+            if guard.passes(norm, excused=engine.excuses(loss)):  # one answer on all ranks
                 engine.update()
                 if teacher:
                     with engine.student():

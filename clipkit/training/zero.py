@@ -6,18 +6,41 @@ compiles an unused shared-memory op on CPU and looks for MPI when no process gro
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit import distributed
 from clipkit.config import Config
+from clipkit.model.dual_encoder import DualEncoder
+from clipkit.model.load import alike
 from clipkit.training.engine import Engine, accelerator_for, start_process_group
 
+RESIDENT = 100_000
+"""Parameters of at most so many numbers stay whole under ZeRO-3: to gather them costs more than to keep them."""
 
-class ZeroEngine(Engine):
-    """DeepSpeed, stages 1 and 2."""
+
+def zero_engine_for(config: Config) -> Engine:
+    """The engine of the config's stage."""
+    return (Zero0Engine, Zero12Engine, Zero12Engine, Zero3Engine)[config.engine.zero_stage](config)
+
+
+class Zero0Engine(Engine):
+    """DeepSpeed that divides nothing: DDP with its reductions. The other stages stand on it."""
+
+    def update(self) -> None:
+        """Take the step that `backward` prepared."""
+        self.model.step()  # type: ignore[operator]
+
+    def skip(self) -> None:
+        """Drop the gradient, and what the batch did to running statistics."""
+        super().skip()
+        self.model.step()  # type: ignore[operator]  # counts a step, and moves nothing without gradients
 
     def _join(self) -> torch.device:
         if not torch.cuda.is_available():
@@ -35,18 +58,51 @@ class ZeroEngine(Engine):
     def _wrap(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         return self.accelerator.prepare(self.bare, optimizer)
 
+    def _descend(self, loss: Tensor) -> None:
+        self.model.backward(loss * self.parts)  # type: ignore[operator]  # it divides by their number
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        yield
+        self.model.step()  # type: ignore[operator]  # steps only at the last part
+
+
+class _DividingEngine(Zero0Engine):
+    """Stages that have their own step: it clips, and skips where the gradient is not finite."""
+
     def update(self) -> None:
-        """DeepSpeed has taken the step in `backward`."""
+        """The step was taken in `backward`."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def skip(self) -> None:
+        """Drop what the batch did to running statistics."""
+        Engine.skip(self)
+
+    def _clipped(self, most: float) -> Tensor:
+        self.model.step()  # type: ignore[operator]
+        return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _begin_moments(self, flats: list[Tensor], updates: int) -> None:
+        """Moments of 0 for this rank's flat groups of weights."""
+        zero = self.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's own
+        for flat in flats:
+            state = {key: torch.zeros_like(flat) for key in self._kept}
+            zero.optimizer.state[flat] = self._count(updates, flat.device) | state
+
+
+class Zero12Engine(_DividingEngine):
+    """Moments (stage 1), and gradients as well (stage 2), divided among ranks."""
 
     def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
         """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        zero = self.optimizer.optimizer
-        for flat in zero.single_partition_of_fp32_groups:
-            state = {key: torch.zeros_like(flat) for key in self._kept}
-            zero.optimizer.state[flat] = self._count(updates, flat.device) | state
+        self._begin_moments(self.optimizer.optimizer.single_partition_of_fp32_groups, updates)
         self._link_shards()
         for name, parameter in self._learning():
             safe_set_full_fp32_param(parameter, parameter.detach().float())
@@ -59,31 +115,61 @@ class ZeroEngine(Engine):
         self._link_shards()
         return super().moments()
 
-    def _descend(self, loss: Tensor) -> None:
-        if self.parts == 1:
-            self.accelerator.backward(loss)
-        else:  # it divides by the number of parts, and steps at the last of them
-            self.model.backward(loss * self.parts)  # type: ignore[operator]
-            self.model.step()  # type: ignore[operator]
-
-    def _unsynchronised(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # it knows by itself
-
-    def _clipped(self, most: float) -> Tensor:
-        return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(parameter, key)
-
     def _link_shards(self) -> None:
         """Tell every parameter where its moments lie. DeepSpeed does so once, when only the first group has stepped."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        zero = self.optimizer.optimizer  # accelerate's wrapper → DeepSpeed's → torch's own
+        zero = self.optimizer.optimizer
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
             lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+
+
+class Zero3Engine(_DividingEngine):
+    """Weights divided as well, each gathered while its module works. The teacher stays whole on every rank."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, each in full, on the CPU. All ranks ask together."""
+        with self.student():
+            return {name: x.detach().to("cpu", copy=True) for name, x in self.bare.state_dict().items()}
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Put a checkpoint's weights in place. Raises UserError when it is of another architecture."""
+        with self._gathered(modifier_rank=0):
+            super().load_weights(checkpoint)
+
+    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        self._begin_moments(self.optimizer.optimizer.fp32_partitioned_groups_flat, updates)
+        for name, parameter in self._learning():
+            safe_set_local_fp32_param(parameter, parameter.ds_tensor.detach().float())  # type: ignore[attr-defined]
+            for key in self._kept:
+                if f"{key}.{name}" in moments:
+                    value = moments[f"{key}.{name}"].to(self.device)
+                    safe_set_local_optimizer_state(parameter, _own_part(value, parameter), key)
+
+    def student(self) -> AbstractContextManager[Any]:
+        """In this context `bare` holds its weights in full."""
+        return self._gathered()
+
+    def whole_model(self) -> DualEncoder:
+        """A copy with all weights. All ranks ask together."""
+        model = alike(self.bare)
+        model.load_state_dict(self.weights())
+        return model.to(self.device)
+
+    def _gathered(self, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+        from deepspeed import zero
+
+        return zero.GatheredParameters(list(self.bare.parameters()), modifier_rank=modifier_rank)
+
+
+def _own_part(value: Tensor, parameter: Any) -> Tensor:
+    """What this rank holds of a full tensor that is divided like `parameter`: equal parts, the last padded with 0."""
+    size = parameter.ds_tensor.numel()
+    padded = F.pad(value.flatten(), (0, size * distributed.world_size() - value.numel()))
+    return padded[distributed.rank() * size :][:size]
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
@@ -92,8 +178,9 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // world // config.engine.accumulate,
         "gradient_accumulation_steps": config.engine.accumulate,
-        "gradient_clipping": config.optim.grad_clip,  # absent means 1.0, not off
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # Absent means 1.0, not off. Stage 0 does not tell the norm: it is clipped here.
+        "gradient_clipping": config.optim.grad_clip if config.engine.zero_stage else 0.0,
+        "zero_optimization": {"stage": config.engine.zero_stage, "stage3_param_persistence_threshold": RESIDENT},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,

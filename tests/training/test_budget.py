@@ -119,10 +119,15 @@ def test_parameters_moments_and_teacher_are_exact(model: dict[str, Any]) -> None
 
 def test_engines_divide_what_they_divide() -> None:
     alone = Budget(config_of(), 4).memory()
-    one, two = (Budget(config_of(engine={"kind": "deepspeed", "zero_stage": stage}), 4).memory() for stage in (1, 2))
+    none, one, two, three = (
+        Budget(config_of(engine={"kind": "deepspeed", "zero_stage": stage}), 4).memory() for stage in range(4)
+    )
     assert one["optimizer moments"] == two["optimizer moments"] == -(-alone["optimizer moments"] // 4)
     assert one["gradients"] == alone["gradients"] and two["gradients"] == -(-alone["gradients"] // 4)
     assert alone["gradients on their way"] == alone["gradients"]
+    assert none["optimizer moments"] == alone["optimizer moments"] and none["weights"] == two["weights"]
+    assert three["weights"] == pytest.approx(two["weights"] / 4, rel=0.01) and three["teacher"] == two["teacher"]
+    assert three["weights gathered"] == alone["gradients"]
 
 
 def test_fsdp_divides_all_that_learns_and_gathers_block_by_block() -> None:

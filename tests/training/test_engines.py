@@ -14,13 +14,14 @@ from clipkit import config as configuration
 from clipkit import distributed
 from clipkit.model.dual_encoder import build
 from clipkit.model.teacher import Teacher
-from clipkit.training.engine import engine_for
+from clipkit.training import zero
+from clipkit.training.engine import Engine, engine_for
 from clipkit.training.loop import train
 from clipkit.training.optim import build_optimizer
 from tests.ranks import run_ranks
-from tests.training.runs import cut, losses, same_bits, whole_and_cut
+from tests.training.runs import cut, losses, same_bits, weights, whole_and_cut
 
-DIVIDED = [{"kind": "fsdp"}]
+DIVIDED = [{"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}]
 
 
 def _divided(tree: dict, _rank: int, world: int) -> None:
@@ -48,6 +49,7 @@ def test_a_rank_holds_its_part_only(tiny_tree: dict) -> None:
 
 
 def _runs(tree: dict, begun: Path, rank: int, world: int) -> tuple[Path, Path, Path]:
+    zero.RESIDENT = 0  # everything here would be small enough to stay
     peace, again = whole_and_cut(tree, rank, world)
     return peace, again, train(configuration.validate(tree | {"name": begun.name}), resume=True)
 
@@ -80,3 +82,27 @@ def test_locked_towers_stay_whole(tiny_tree: dict) -> None:
     alone = train(configuration.validate(tree | {"name": "alone"}))
     folder = run_ranks(partial(_locked, tree | {"name": "fsdp", "engine": {"kind": "fsdp"}}), 2, timeout_s=60)[0]
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_scale_and_bias_are_read_outside_of_what_is_gathered(tiny_tree: dict) -> None:
+    """SigLIP, whose loss begins behind the forward pass: its scalars have the gradients of one process.
+
+    Also in parts, with blocks computed again, which are gathered once more for it.
+    """
+    tree = tiny_tree | {"samples": 64, "objective": {"siglip": {}}, "teacher": {}}
+    tree["model"] = tiny_tree["model"] | {"bias": -10.0, "scale": 10.0}
+    alone = train(configuration.validate(tree | {"name": "alone"}))
+    more = {"accumulate": 2, "checkpoint_activations": True}
+    engines = [engine | other for engine in DIVIDED for other in ({}, more)]
+    for folder in run_ranks(partial(_one_after_another, tree, engines), 2, timeout_s=120)[0]:
+        assert losses(folder) == pytest.approx(losses(alone), abs=1e-5), folder.name
+        for name in ("log_scale", "bias"):
+            torch.testing.assert_close(weights(folder)[name], weights(alone)[name], rtol=0, atol=1e-6)
+
+
+def _one_after_another(tree: dict, engines: list[dict], _rank: int, _world: int) -> list[Path]:
+    """On a rank: the same run under each engine."""
+    zero.RESIDENT = 0
+    Engine.close = lambda _: distributed.barrier()  # type: ignore[method-assign]  # the group of ranks is the test's
+    named = [tree | {"name": f"engine{number}", "engine": engine} for number, engine in enumerate(engines)]
+    return [train(configuration.validate(each)) for each in named]

@@ -139,8 +139,10 @@ def test_without_a_checkpoint_there_is_no_way_back(tiny_tree: dict, monkeypatch:
         ({"kind": "fsdp"}, "gradient"),
         ({"kind": "deepspeed", "zero_stage": 1}, "gradient"),
         ({"kind": "deepspeed", "zero_stage": 2, "accumulate": 2}, "loss"),
+        ({"kind": "deepspeed", "zero_stage": 0, "accumulate": 2}, "gradient"),
+        ({"kind": "deepspeed", "zero_stage": 3}, "gradient"),
     ],
-    ids=["ddp", "ddp_parts", "fsdp", "zero1", "zero2_parts"],
+    ids=["ddp", "ddp_parts", "fsdp", "zero1", "zero2_parts", "zero0_parts", "zero3"],
 )
 def test_planted_at_one_rank_all_skip_and_go_back(
     tree: dict, engine: dict, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

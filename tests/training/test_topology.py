@@ -40,18 +40,21 @@ def alone(tiny_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Path):
-    """One process, DDP x 2, ZeRO-1 x 2 and ZeRO-2 x 2, whole and in parts: the same 20 losses, and those on file."""
+    """One process, and DDP, FSDP and ZeRO-0 to 3 on two ranks, whole, in parts and with blocks computed again: the same
+    20 losses, and those on file."""
     reference = losses(alone)
     assert len(reference) == 20
     assert reference == pytest.approx(json.loads(GOLDEN.read_text())["degla"], abs=2e-4)
     for name, engine in (
         ("ddp", {"kind": "ddp"}),
+        ("zero0_parts", {"kind": "deepspeed", "zero_stage": 0, "accumulate": 2}),
         ("zero1", {"kind": "deepspeed", "zero_stage": 1}),
         ("zero2", {"kind": "deepspeed", "zero_stage": 2}),
+        ("zero3", {"kind": "deepspeed", "zero_stage": 3}),
         ("fsdp", {"kind": "fsdp"}),
         ("fsdp_parts", {"kind": "fsdp", "accumulate": 2}),
-        ("ddp_parts", {"kind": "ddp", "accumulate": 2}),
-        ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 4}),
+        ("ddp_parts", {"kind": "ddp", "accumulate": 2, "checkpoint_activations": True}),
+        ("zero2_parts", {"kind": "deepspeed", "zero_stage": 2, "accumulate": 4, "checkpoint_activations": True}),
     ):
         tree = tiny_tree | {"name": name, "engine": engine | {"timeout_s": 60}}
         train_ranks(tree, tmp_path / f"{name}.yaml")

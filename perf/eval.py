@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     small = parser.parse_args().small
     mine, peer = models()
-    rows = {"SugarCrepe": sugarcrepe(mine, peer, 5 if small else 20)}
-    rows["classifier"] = classifier(mine, peer, 2 if small else 10)
+    rows = {"SugarCrepe": sugarcrepe(mine, peer, 5 if small else 40)}
+    rows["classifier"] = classifier(mine, peer, 2 if small else 20)
     for name, row in rows.items():
         print(f"{name:12}" + "".join(f"{column} {value}   " for column, value in row.items()))
     if small:

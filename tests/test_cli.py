@@ -354,6 +354,26 @@ def test_zeroshot_takes_folders_globs_lists_and_files(model: Path, pictures: Pat
         assert [picture["image"] for picture in found] == names
 
 
+def test_zeroshot_writes_a_table_and_goes_on_with_it(model: Path, pictures: Path, tmp_path: Path) -> None:
+    words = (
+        "zeroshot",
+        model,
+        pictures,
+        "--classes",
+        "red,green",
+        "--none-below",
+        "2",
+        "--out",
+        tmp_path / "found.csv",
+    )
+    assert "there already\t0" in well(*words)
+    lines = (tmp_path / "found.csv").read_text().splitlines()
+    assert len(lines) == 4 and all(line.split(",")[1] == "none of these" for line in lines[1:])
+    assert "there already\t3" in well(*words)
+    assert "--out and --json: give one of them" in wrong(*words, "--json", "-")
+    assert "holds answers of another model" in wrong(*words[:-4], "--out", tmp_path / "found.csv")
+
+
 def test_zeroshot_wants_one_kind_of_classes(model: Path, pictures: Path) -> None:
     assert "give one of --classes" in wrong("zeroshot", model, pictures)
     assert "give one of --classes" in wrong("zeroshot", model, pictures, "--classes", "a", "--dataset", "cifar10")

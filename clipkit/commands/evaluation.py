@@ -122,7 +122,8 @@ def zeroshot(
         from clipkit.evaluation.sheet import write_answers
 
         answers = Answers(load(model), names, prompts, top=top, none_below=none_below)
-        done = write_answers(answers, collect(given), out, about=model, progress=progress)
+        pictures = [one for one in collect(given) if isinstance(one, Path)]  # what is typed are names of files
+        done = write_answers(answers, pictures, out, about=model, progress=progress)
         print_table(["", str(out)], list(done.items()))
         return
     found = classify(load(model), given, names, prompts, top=top, none_below=none_below, progress=progress)

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, did_you_mean
 from clipkit.evaluation.benchmark import Benchmark, load
 
 
@@ -46,7 +46,9 @@ def _open(benchmark: Benchmark, root: str | Path, download: bool) -> Any:
     from torchvision import datasets
 
     settings = dict(benchmark.torchvision or {})
-    kind = settings.pop("name")
+    kind = str(settings.pop("name", ""))
+    if kind not in datasets.__all__:
+        raise UserError(f"{benchmark.name}: torchvision has no dataset {kind}{did_you_mean(kind, datasets.__all__)}")
     try:
         return getattr(datasets, kind)(str(root), **settings, **({"download": True} if download else {}))
     except (RuntimeError, OSError) as error:

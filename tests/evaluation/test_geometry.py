@@ -45,4 +45,4 @@ def test_distances_are_their_definitions():
 
 def test_uniformity_of_many_rows_is_that_of_a_seeded_choice():
     x = unit(MOST + 500)
-    assert uniformity(x) == uniformity(x) == pytest.approx(uniformity(x[:3000]), abs=0.02)
+    assert uniformity(x) == uniformity(x) == pytest.approx(uniformity(x[:MOST]), abs=0.02)

@@ -278,6 +278,7 @@ def test_torchvision_sets_become_class_folders(tmp_path, monkeypatch):
     from torchvision import datasets
 
     monkeypatch.setattr(datasets, "Toy", Toy, raising=False)
+    monkeypatch.setattr(datasets, "__all__", ("Toy",))
     fields = {
         "name": "toy",
         "kind": "zeroshot",
@@ -300,6 +301,8 @@ def test_torchvision_sets_become_class_folders(tmp_path, monkeypatch):
     assert [name_of(image) for image in opened] == [name_of(picture(n)) for n in (0, 1, 3, 2)]
     with pytest.raises(UserError, match="finds no data there: Dataset not found"):
         exported(torchvision={"name": "Toy"})
+    with pytest.raises(UserError, match="toy: torchvision has no dataset Tay; did you mean Toy"):
+        exported(torchvision={"name": "Tay"})
     with pytest.raises(UserError, match="has 2 classes, but picture 2 is of class 2"):
         exported(classes={"0000": "ant", "0001": "bee"})
     with pytest.raises(UserError, match="has 4 classes, but the dataset has pictures of 3 only"):

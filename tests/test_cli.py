@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from PIL import Image
 
@@ -274,7 +276,13 @@ def test_show_draws_as_training_does(shards: Path) -> None:
     assert "batch_size: 32 is more than the 3" in wrong("shards", "show", shards, "--train", "debug")
 
 
-def test_negatives_are_made_beside_the_captions(pictures: Path, tmp_path: Path) -> None:
+def bag_of(text: str) -> str:
+    return " ".join(sorted(text.lower().replace(".", " ").split()))
+
+
+def test_negatives_are_made_beside_the_captions(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     well("shards", "build", pictures, "--out", tmp_path / "plain")
     shards = str(tmp_path / "plain" / "*.tar")
     well(
@@ -297,7 +305,17 @@ def test_negatives_are_made_beside_the_captions(pictures: Path, tmp_path: Path) 
     counts = {name: kind["count"] for name, kind in found["kinds"].items()}
     assert counts.pop("all") == sum(counts.values()) > 0
     assert "reshuffle" in (tmp_path / "page.html").read_text()
-    assert "belong together" in wrong("negatives", "audit", tmp_path / "made", "--balance", "0.65")
+    assert "--out DIR belongs to" in wrong("negatives", "audit", tmp_path / "made", "--balance", "0.65")
+
+    numbers: dict[str, int] = {}  # to this guide the same words in any order are one text
+    guide = SimpleNamespace(
+        embed_texts=lambda texts: torch.eye(200)[[numbers.setdefault(bag_of(t), len(numbers)) for t in texts]]
+    )
+    monkeypatch.setattr("clipkit.model.load.load", lambda ref: guide)
+    well("negatives", "audit", tmp_path / "made", "--guide", "any", "--out", tmp_path / "left")
+    left = json.loads(well("negatives", "audit", tmp_path / "left", "--json", "-"))["kinds"]
+    assert left["replace_adjectives"]["count"] == counts["replace_adjectives"]
+    assert left.get("reshuffle", {"count": 0})["count"] < counts["reshuffle"]
 
 
 def test_world_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,9 @@ from clipkit.commands.tables import asked_tables, cost_table
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from clipkit.negatives.audit.stored import Stored
     from clipkit.negatives.llm import Cost
 
 
@@ -126,7 +130,15 @@ def audit(
         float | None,
         typer.Option("--balance", metavar="AUC", help="Leave out negatives until the text alone tells no more: 0.65."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the balanced shards.")] = None,
+    guide: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Leave out negatives that this model takes for their captions.")
+    ] = None,
+    above: Annotated[
+        float, typer.Option("--alike", metavar="COSINE", help="Of --guide: alike are texts above it.")
+    ] = 0.98,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the shards with what is left.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write findings and samples as a page.")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -137,10 +149,12 @@ def audit(
     A classifier over words, word pairs, letters and lengths is fitted on some pictures and asked about others. What it
     can tell, training can learn without looking at the picture.
     """
-    if (target is None) != (out is None):
-        raise UserError("--balance AUC and --out DIR belong together")
-    if target is not None and sample is not None:
-        raise UserError("--sample: balanced shards need all negatives judged; leave it out")
+    if (target is None and guide is None) != (out is None):
+        raise UserError("--out DIR belongs to --balance AUC or --guide MODEL")
+    if out is not None and sample is not None:
+        raise UserError("--sample: to write shards all negatives are judged; leave it out")
+    import numpy as np
+
     from clipkit.data.shards import write_atomic
     from clipkit.negatives.audit import audit
     from clipkit.negatives.audit.balancing import balance, write_balanced
@@ -148,10 +162,15 @@ def audit(
     from clipkit.negatives.audit.stored import read_stored
 
     stored = read_stored(shards, sample=sample, seed=seed)
+    stays = np.ones(len(stored.texts), bool)
+    if guide is not None:
+        stays, stored = _guided(stored, guide, above)
     found, balanced = audit(stored, seed=seed), None
-    if target is not None and out is not None:
+    if target is not None:
         balanced = balance(stored, target, seed=seed)
-        write_balanced(shards, out, balanced.stays, overwrite=overwrite)
+        stays[stays] = balanced.stays
+    if out is not None:
+        write_balanced(shards, out, stays, overwrite=overwrite)
     if html:
         write_atomic(html, page(found, ", ".join(shards), balanced).encode())
     if json_path:
@@ -162,3 +181,16 @@ def audit(
         if balanced:
             tables.append((f"balanced, in {out}", BALANCED, [k.row(name) for name, k in balanced.kinds.items()]))
         print_tables(tables)
+
+
+def _guided(stored: Stored, guide: str, above: float) -> tuple[np.ndarray, Stored]:
+    """Which negatives the guide leaves, and only those; says how many of each kind it takes for their captions."""
+    from clipkit.model.load import load
+    from clipkit.negatives.audit.guide import alike, by_kind
+
+    gone = alike(stored, load(guide), above)
+    counts = ", ".join(f"{count} {kind}" for kind, count in by_kind(stored, gone).most_common())
+    print(f"{gone.sum()} of {len(gone)} negatives are alike to their captions for {guide}: {counts}", file=sys.stderr)
+    if gone.all():
+        raise UserError(f"--alike {above}: leaves no negative")
+    return ~gone, stored.without(gone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -48,6 +48,12 @@ class Stored:
     def kinds_by_count(self) -> list[str]:
         """The kinds, the most frequent first."""
         return [kind for kind, _ in Counter(self.kinds).most_common()]
+
+    def without(self, gone: np.ndarray) -> Stored:
+        """The same captions with fewer negatives."""
+        left = np.flatnonzero(~gone)
+        picked = {name: [getattr(self, name)[n] for n in left] for name in ("texts", "owners", "kinds", "sources")}
+        return replace(self, **picked)
 
     def counts(self, all_kinds: bool, kind: str) -> tuple[int, int]:
         """Negatives made and candidates dropped, of a kind or of all."""

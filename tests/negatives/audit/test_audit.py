@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from clipkit.data.build import Sample, write_shard
-from clipkit.data.members import SHEETS, read_sheet
+from clipkit.data.members import SHEETS, Sheet, read_sheet
 from clipkit.data.shards import Index
 from clipkit.errors import UserError
 from clipkit.negatives.audit import ALL, Audit, audit
 from clipkit.negatives.audit.balancing import Balance, balance, write_balanced
+from clipkit.negatives.audit.guide import alike, by_kind
 from clipkit.negatives.audit.page import page
 from clipkit.negatives.audit.stored import UNNAMED, Stored, read_stored
 from clipkit.negatives.make import Recipe, make, negatives
@@ -109,6 +111,34 @@ def test_sampled_and_counted(shards: Path, tmp_path: Path) -> None:
     report = make(tmp_path / "none.tar", tmp_path / "made", kinds=["replace_nouns"], workers=1, progress=False)
     made = read_stored(tmp_path / "made")
     assert made.made == report.kinds and made.counts(False, "replace_nouns")[0] == 1
+
+
+class Guide:
+    """To it texts with the same words, in whatever order, are one."""
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        words = ["a", "red", "ball", "blue", "box", "big"]
+        counts = torch.tensor([[float(text.split().count(word)) for word in words] for text in texts])
+        return torch.nn.functional.normalize(counts, dim=-1)
+
+
+def test_guide_finds_what_stays_true() -> None:
+    sheet = Sheet(["a red ball", "", "a blue box"], [], [])
+    sheet.negatives = [
+        [{"text": "ball a red", "kind": "swap"}, {"text": "a red box", "kind": "replace"}],
+        [],
+        [{"text": "a box blue", "kind": "swap"}, {"text": "a big box", "kind": "replace"}],
+    ]
+    stored = Stored()
+    stored.add(sheet, "p")
+
+    gone = alike(stored, Guide(), 0.9)
+    assert gone.tolist() == [True, False, True, False] and by_kind(stored, gone) == {"swap": 2}
+    left = stored.without(gone)
+    assert left.texts == ["a red box", "a big box"] and left.owners == [0, 1] and left.captions == stored.captions
+    assert alike(stored, Guide(), 0.6).all()
+    with pytest.raises(UserError, match="is a cosine"):
+        alike(stored, Guide(), 1.5)
 
 
 def test_real_captions_before_and_after(shared: Path) -> None:

@@ -105,6 +105,8 @@ def _check_engine(config: Config) -> list[str]:
         )
     if engine.precision == "fp16" and config.adversary.eps:
         problems.append("engine.precision: fp16 has no numbers for the gradients at pixels of adversary.eps; use bf16")
+    if engine.compile:
+        problems += [f"engine.compile: {reason}" for reason in _not_to_compile(config)]
     if engine.kind != "deepspeed" and engine.zero_stage != 1:
         problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {engine.kind}")
     if engine.kind != "deepspeed" or engine.zero_stage < 3:
@@ -121,6 +123,24 @@ def _check_engine(config: Config) -> list[str]:
         if "local_logit" in TERMS.entry(term).needs
     ]
     return problems
+
+
+def _not_to_compile(config: Config) -> list[str]:
+    """Why compiled towers would not be what the run needs."""
+    engine, problems = config.engine, []
+    if engine.kind == "fsdp" or (engine.kind == "deepspeed" and engine.zero_stage == 3):
+        problems.append("fsdp and zero_stage: 3 gather weights inside of towers; use ddp or zero_stage: 2")
+    if engine.accumulate > 1:
+        problems.append(
+            "compiled dropout need not draw the same in both passes of engine.accumulate; use accumulate: 1"
+        )
+    if engine.checkpoint_activations:
+        problems.append("decides by itself what is computed again; use checkpoint_activations: false")
+    return problems + [
+        f"objective.{term} reads inside of towers, past what is compiled; leave one of the two out"
+        for term in config.objective
+        if "local_logit" in TERMS.entry(term).needs
+    ]
 
 
 def _check_teacher(config: Config) -> list[str]:

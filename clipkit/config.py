@@ -243,6 +243,8 @@ class EngineConfig(Section):
     whole, one more forward (cached accumulation)."""
     checkpoint_activations: bool = False
     """Towers that learn keep only the inputs of their blocks and compute the rest again in the backward pass."""
+    compile: bool = False
+    """Compile the student's towers (torch.compile), for GPUs: the first steps take minutes."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
 

@@ -149,6 +149,24 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
             "engine: {precision: fp16}\nadversary: {eps: 1}",
             "engine.precision: fp16 has no numbers for the gradients at pixels of adversary.eps; use bf16",
         ),
+        (
+            "engine: {compile: true, kind: fsdp}",
+            "engine.compile: fsdp and zero_stage: 3 gather weights inside of towers; use ddp or zero_stage: 2",
+        ),
+        (
+            "engine: {compile: true, accumulate: 2}",
+            "engine.compile: compiled dropout need not draw the same in both passes of engine.accumulate; "
+            "use accumulate: 1",
+        ),
+        (
+            "engine: {compile: true, checkpoint_activations: true}",
+            "engine.compile: decides by itself what is computed again; use checkpoint_activations: false",
+        ),
+        (
+            "engine: {compile: true}\nobjective: {fsc_local: {}}\ndata: {negatives: 1}",
+            "engine.compile: objective.fsc_local reads inside of towers, past what is compiled; "
+            "leave one of the two out",
+        ),
         ("engine: {zero_stage: 2}", "engine.zero_stage: belongs to engine.kind: deepspeed, got ddp"),
         (
             "engine: {kind: deepspeed, zero_stage: 3}\nmodel: {lock_text: true}",

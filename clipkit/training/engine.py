@@ -8,6 +8,7 @@ gloo must be asked for by name.
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -57,6 +58,8 @@ class Engine:
             )
         if self.config.engine.checkpoint_activations:
             model.recompute()
+        if self.config.engine.compile:
+            _compile_towers(model, self.device)
         self.bare = _synchronise_norms(model, self.world, self.device).to(self.device)
         self._running = [buffer for norm in _learning_norms(self.bare) for buffer in norm.buffers()]
         self.model, self.optimizer = self._wrap(optimizer)
@@ -266,6 +269,14 @@ def accelerator_for(world: int, plugin: Any = None) -> Any:
     )
     assert accelerator.num_processes == world, f"{accelerator.num_processes} processes joined, {world} were launched"
     return accelerator
+
+
+def _compile_towers(model: DualEncoder, device: torch.device) -> None:
+    """Have both towers compiled at their first call; weights keep their names, a teacher stays as it was copied."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError("engine.compile: needs a C++ compiler on CPUs, found none; install g++ or set CXX")
+    model.image_tower.compile()
+    model.text_tower.compile()
 
 
 def _synchronise_norms(model: nn.Module, world: int, device: torch.device) -> nn.Module:

@@ -40,6 +40,7 @@ class Zero0Engine(Engine):
     def skip(self) -> None:
         """Drop the gradient, and what the batch did to running statistics."""
         super().skip()
+        self.bare.zero_grad(set_to_none=True)  # accelerate's optimizer leaves that to DeepSpeed
         self.model.step()  # type: ignore[operator]  # counts a step, and moves nothing without gradients
 
     def _join(self) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def _clocks(rank: int, _world: int) -> tuple[list[bool], int]:
 def test_the_first_ranks_clock_decides_for_all() -> None:
     for found, calls in run_ranks(_clocks, 2, timeout_s=60):
         assert found == [False, False, True, False, False] and calls == 5
+
+
+def _late(tree: dict, rank: int, _world: int) -> list[str]:
+    """A run by a clock that goes on by 20 s at each look on rank 0, and by a year on rank 1."""
+    readings = itertools.count(0, 3e7 if rank else 20)
+    guarding.monotonic = lambda: next(readings)
+    folder = train(configuration.validate(tree))
+    return [path.name for path in sorted((folder / "checkpoints").glob("step_*"))]
+
+
+def test_two_ranks_save_the_same_steps(tiny_tree: dict) -> None:
+    tree = tiny_tree | {"samples": 96, "keep": 9, "save_minutes": 0.6, "engine": {"timeout_s": 60}}
+    for steps in run_ranks(partial(_late, tree), 2, timeout_s=60):
+        assert steps == ["step_00000002", "step_00000004", "step_00000006"]
 
 
 def test_without_it_nothing_is_ever_due(monkeypatch: pytest.MonkeyPatch) -> None:

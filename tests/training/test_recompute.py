@@ -79,14 +79,28 @@ def test_the_gradient_is_that_of_the_plain_run(tiny_tree: dict, image: str, monk
         assert (again[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
+def both(tree: dict, **engine: Any) -> list[list[float]]:
+    """The losses of three steps plain, and with blocks computed again."""
+    found = []
+    for recompute in (False, True):
+        settings = {"engine": engine | {"checkpoint_activations": recompute}, "name": f"{recompute}", "samples": 48}
+        folder = train(configuration.validate(tree | settings))
+        found.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert len(found[0]) == 3
+    return found
+
+
 def test_a_run_has_the_losses_of_the_plain_one(tiny_tree: dict) -> None:
     """With a teacher, which is a copy made before, and pictures moved against the model."""
-    tree = tiny_tree | {"samples": 48, "adversary": {"eps": 1.0}}
-    plain, again = [], []
-    for losses, engine in ((plain, {}), (again, {"checkpoint_activations": True})):
-        folder = train(configuration.validate(tree | {"name": f"{len(engine)}", "engine": engine}))
-        losses += [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(plain) == 3 and again == pytest.approx(plain, abs=1e-4)
+    plain, again = both(tiny_tree | {"adversary": {"eps": 1.0}})
+    assert again == pytest.approx(plain, abs=1e-4)
+
+
+def test_bf16_is_cast_the_same_both_times(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit with the same kernel of attention."""
+    monkeypatch.setattr(dual_encoder, "_attention", lambda _device: nullcontext())
+    plain, again = both(tiny_tree, precision="bf16")
+    assert again == plain
 
 
 @pytest.mark.parametrize(

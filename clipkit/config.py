@@ -48,8 +48,7 @@ class DataConfig(Section):
     """Which shards are read, and how a sample becomes a row of the batch."""
 
     train: list[str] = []
-    """Tar shards: paths, globs, braces (`x-{000..009}.tar`), URLs (http, https, s3, gs, ...), and `pipe:COMMAND`s that
-    are run (docs/remote.md)."""
+    """Tar shards: paths, globs, braces (`x-{000..009}.tar`), URLs (http, s3, ...), `pipe:COMMAND`s (docs/remote.md)."""
     sources: dict[str, SourceConfig] = {}
     """Several sources instead of `train`, by name; every batch holds the same number of pairs of each."""
     negatives: Count = 0
@@ -184,8 +183,7 @@ class TeacherConfig(Section):
     kind: Literal["none", "frozen", "ema", "precomputed"] = "none"
     """`ema`: moving average of the student; `frozen`: its start, or `start`; `precomputed`: `data.teacher_features`."""
     half_life: float | None = Field(default=None, gt=0.0)
-    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA's 0.9996 over 8,090
-    steps."""
+    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA (0.9996 a step)."""
     half_life_samples: Positive | None = None
     """The half-life in samples instead: the same however long the run is."""
     warmup: Count = 0
@@ -235,6 +233,8 @@ class EngineConfig(Section):
     """Towers that learn keep only the inputs of their blocks and compute the rest again in the backward pass."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
+    peak_tflops: float | None = Field(default=None, gt=0.0)
+    """What a device can do at most in this precision (H100, bf16: 989); with it the log has `mfu`, the share used."""
 
 
 class GuardConfig(Section):
@@ -242,6 +242,10 @@ class GuardConfig(Section):
 
     patience: Positive = 3
     """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its newest checkpoint."""
+    spike: float = Field(default=10.0, ge=0.0)
+    """A loss so many (robust) deviations above the median of the last is written down with its samples; 0: none is."""
+    spike_patience: Count = 0
+    """Such losses in a row after which the run goes back too; 0: they are only written down."""
     requeue_code: Annotated[int, Field(ge=1, le=255)] = 75
     """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
 

@@ -97,7 +97,7 @@ class Checkpoints:
         Returns its step. Raises UserError when there is none, or when the run has gone back to it before.
         """
         states = {path: _state(path) for path in whole_checkpoints(self.folder)}
-        before = [path for path, state in states.items() if not state["guard"]["streak"]]
+        before = [path for path, state in states.items() if self.guard.trusts(state["guard"])]
         self.guard.go_back(states[before[-1]]["guard"]["updates"] if before else None)
         self._load(before[-1])
         return states[before[-1]]["step"]

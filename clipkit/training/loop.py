@@ -78,8 +78,8 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
                     z.teacher = teacher.embed(batch, engine.parts)
             loss, terms = objective(z.world(), at=z if log.due(step + 1) else None)
             norm = engine.backward(loss)
-            last = step + 1
-            if guard.passes(norm):  # one answer on all ranks
+            last, usual = step + 1, guard.usual[0]
+            if guard.passes(norm, loss):  # one answer on all ranks
                 engine.update()
                 if teacher:
                     teacher.update(engine.bare, last)
@@ -87,13 +87,15 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
                 engine.skip()
                 objective.undo()
                 log.skip(last, loss.detach(), terms, norm, batch, index)
+            if guard.spiked:
+                log.spike(last, loss.detach(), terms, norm, batch, index, usual)
             log.step(last, loss.detach(), terms, objective.pulls, norm, z, batch, guard.skipped)
             if guard.exhausted:
                 log.roll_back(last, checkpoints.roll_back())
             if guard.stopping:
                 break
             due = _due(last, config.save_every, config) or (guard.save_due and last < config.steps)
-            if due and not guard.streak:
+            if due and guard.sound:
                 checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
                 log.evaluation(last, _evaluate(config, engine.bare, folder))

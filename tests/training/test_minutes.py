@@ -50,7 +50,7 @@ def _clocks(rank: int, _world: int) -> tuple[list[bool], int]:
     guard, found = Guard(GuardConfig(), save_minutes=1.0), []
     for step in range(steps):
         now = 1e6 * (step + 1) if rank else 20.0 * (step + 1)
-        guard.passes(torch.tensor(1.0))
+        guard.passes(torch.tensor(1.0), torch.tensor(1.0))
         found.append(guard.save_due)
         if guard.save_due:
             guard.saved()
@@ -65,4 +65,4 @@ def test_the_first_ranks_clock_decides_for_all() -> None:
 def test_without_it_nothing_is_ever_due(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = Guard(GuardConfig())
     monkeypatch.setattr(guarding, "monotonic", lambda: 1e12)
-    assert guard.passes(torch.tensor(1.0)) and not guard.save_due
+    assert guard.passes(torch.tensor(1.0), torch.tensor(1.0)) and not guard.save_due

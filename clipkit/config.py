@@ -289,8 +289,12 @@ class Config(Section):
     """Samples between two checkpoints; 0: only at the end."""
     save_minutes: float = Field(default=0.0, ge=0.0)
     """Minutes after the last checkpoint (or the start) when another is due too, by the first rank's clock; 0: never."""
+    save_async: bool = True
+    """Write checkpoints while training goes on, from a copy in the main rank's memory."""
     keep: Positive = 2
     """Checkpoints kept."""
+    mirror: str = ""
+    """Folder or URL (s3://, gs://, ...) that every checkpoint is copied to, and from where a lost run resumes."""
     evaluate_every: Count = 0
     """Samples between two evaluations while training; 0: none."""
     suite: str = ""

@@ -142,9 +142,9 @@ class Teacher:
         return 0.5 ** (self._warmup / (self._half_life * step))
 
     def state(self) -> dict[str, Tensor]:
-        """The teacher's own tensors, for safetensors; what it shares with the student is left out."""
+        """The teacher's own tensors, not copied; what it shares with the student is left out."""
         tensors = self._tensors(self.model)
-        return {name: tensors[name].detach().cpu().contiguous() for name in self._own}
+        return {name: tensors[name].detach() for name in self._own}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

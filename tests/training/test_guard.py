@@ -287,7 +287,7 @@ def _one_cannot_write(rank: int, world: int, folder: Path) -> str:
     unused: Any = None
     run = Checkpoints(folder, unused, unused, unused, unused, unused, unused)
     with pytest.raises(UserError) as caught:
-        run._together(folder / "checkpoints/step_00000002", folder / "checkpoints/.step_00000002.partial", work)
+        run._together(folder / "checkpoints/step_00000002", work)
     return str(caught.value)
 
 

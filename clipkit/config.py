@@ -48,8 +48,7 @@ class DataConfig(Section):
     """Which shards are read, and how a sample becomes a row of the batch."""
 
     train: list[str] = []
-    """Tar shards: paths, globs, braces (`x-{000..009}.tar`), URLs (http, https, s3, gs, ...), and `pipe:COMMAND`s that
-    are run (docs/remote.md)."""
+    """Tar shards: paths, globs, braces (`x-{000..009}.tar`), URLs (http, s3, ...), `pipe:COMMAND`s (docs/remote.md)."""
     sources: dict[str, SourceConfig] = {}
     """Several sources instead of `train`, by name; every batch holds the same number of pairs of each."""
     negatives: Count = 0
@@ -192,8 +191,7 @@ class TeacherConfig(Section):
     kind: Literal["none", "frozen", "ema", "precomputed"] = "none"
     """`ema`: moving average of the student; `frozen`: its start, or `start`; `precomputed`: `data.teacher_features`."""
     half_life: float | None = Field(default=None, gt=0.0)
-    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA's 0.9996 over 8,090
-    steps."""
+    """EMA half-life as a fraction of the run. Default 0.214: 3.9 % of the start remain, as of DeGLA (0.9996 a step)."""
     half_life_samples: Positive | None = None
     """The half-life in samples instead: the same however long the run is."""
     warmup: Count = 0
@@ -247,6 +245,8 @@ class EngineConfig(Section):
     """Compile the student's towers (torch.compile), for GPUs: the first steps take minutes."""
     timeout_s: Positive = 1800
     """A collective that waits longer than this ends the job."""
+    peak_tflops: float | None = Field(default=None, gt=0.0)
+    """What a device can do at most in this precision (H100, bf16: 989); with it the log has `mfu`, the share used."""
 
 
 class GuardConfig(Section):
@@ -254,6 +254,10 @@ class GuardConfig(Section):
 
     patience: Positive = 3
     """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its newest checkpoint."""
+    spike: float = Field(default=10.0, ge=0.0)
+    """A loss so many (robust) deviations above the median of the last is written down with its samples; 0: none is."""
+    spike_patience: Count = 0
+    """Such losses in a row after which the run goes back too; 0: they are only written down."""
     requeue_code: Annotated[int, Field(ge=1, le=255)] = 75
     """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
 
@@ -297,8 +301,12 @@ class Config(Section):
     """Samples between two checkpoints; 0: only at the end."""
     save_minutes: float = Field(default=0.0, ge=0.0)
     """Minutes after the last checkpoint (or the start) when another is due too, by the first rank's clock; 0: never."""
+    save_async: bool = True
+    """Write checkpoints while training goes on, from a copy in the main rank's memory."""
     keep: Positive = 2
     """Checkpoints kept."""
+    mirror: str = ""
+    """Folder or URL (s3://, gs://, ...) that every checkpoint is copied to, and from where a lost run resumes."""
     evaluate_every: Count = 0
     """Samples between two evaluations while training; 0: none."""
     suite: str = ""

@@ -95,6 +95,11 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def gathered(x: Any) -> Tensor:
+    """`x` itself, or, where it is divided among ranks, all of it on the CPU; all ranks ask together."""
+    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+
+
 def part(x: Any) -> Tensor:
     """This rank's part of `x` where it is divided among ranks, else all of it; the same memory."""
     return x.to_local() if hasattr(x, "to_local") else x

@@ -63,9 +63,9 @@ def matching(url: str) -> list[str]:
     """The URLs that a glob matches. Raises UserError over http, where nothing can be listed."""
     if _http(url):
         raise UserError(f"{shown(url)}: http has no listing to match with; name the shards: NAME-{{000..009}}.tar")
-    filesystem, path = _filesystem(url)
-    found = retried(url, lambda: _within(lambda: filesystem.glob(path), url), PROBES)
-    return [filesystem.unstrip_protocol(name) for name in found]
+    store, path = filesystem(url)
+    found = retried(url, lambda: within(lambda: store.glob(path), url), PROBES)
+    return [store.unstrip_protocol(name) for name in found]
 
 
 def retried(what: str, attempt: Callable[[], T], tries: int) -> T:
@@ -110,7 +110,8 @@ def _part(url: str, offset: int, size: int, state: State) -> bytes:
     return data
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
+    """What fsspec has for the URL, and the path there. Raises UserError where it has nothing."""
     # Asked for anew each time: fsspec keeps its own, and knows which of them belong to this process.
     from fsspec.core import url_to_fs
 
@@ -125,13 +126,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _call(url: str, method: str, **range: int) -> Any:
-    filesystem, path = _filesystem(url)
+    store, path = filesystem(url)
     size = range["end"] - range["start"] if range else 0
-    return _within(lambda: getattr(filesystem, method)(path, **range), url, size)
+    return within(lambda: getattr(store, method)(path, **range), url, size)
 
 
-def _within(call: Callable[[], T], url: str, size: int = 0) -> T:
-    """`call()` in a thread that is left behind at its deadline: not every store has timeouts of its own."""
+def within(call: Callable[[], T], url: str, size: int = 0) -> T:
+    """`call()` in a thread that is left behind at its deadline: not every store has timeouts of its own.
+
+    `size` bytes take as long as they may. Raises UserError, or Transient for what may go well the next time.
+    """
     done: dict[str, Any] = {}
 
     def work() -> None:

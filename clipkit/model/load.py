@@ -24,14 +24,16 @@ from clipkit.model.weights import weights_into
 __all__ = ["build", "load", "load_checkpoint", "save", "weights_into"]
 
 
-def save(model: DualEncoder, folder: str | Path, weights: dict[str, Tensor] | None = None, **extra: Any) -> None:
-    """Write model.safetensors and model.json (with the JSON-able `extra` beside), each whole or not at all.
+def save(model: DualEncoder, folder: str | Path, **extra: Any) -> None:
+    """Write model.safetensors and model.json (with the JSON-able `extra` beside), each whole or not at all."""
+    # Copies: towers may share storage, which safetensors refuses.
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_parts(state, description(model, **extra), folder)
 
-    `weights`: the model's tensors, where it does not hold them in full itself.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {
+
+def description(model: DualEncoder, **extra: Any) -> dict[str, Any]:
+    """What model.json says: all of a model but its weights."""
+    return {
         "activation": model.activation,
         "spec": model.spec,
         "scale_max": model.scale_max,
@@ -44,11 +46,15 @@ def save(model: DualEncoder, folder: str | Path, weights: dict[str, Tensor] | No
         "preprocess": model.preprocess.to_dict(),
         **extra,
     }
-    weights = model.state_dict() if weights is None else weights
-    # Copies: towers may share storage, which safetensors refuses. The activation goes wherever the weights go; alone,
-    # because safetensors writes several entries in random order and equal models should be equal files.
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
-    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": model.activation})
+
+
+def save_parts(state: dict[str, Tensor], about: dict[str, Any], folder: str | Path) -> None:
+    """As `save`, of weights on the CPU that share no storage, and a `description`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The activation goes wherever the weights go; alone, because safetensors writes several entries in random order and
+    # equal models should be equal files.
+    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
     os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
     (folder / f".{MODEL}.partial").write_text(json.dumps(about, indent=1))
     os.replace(folder / f".{MODEL}.partial", folder / MODEL)

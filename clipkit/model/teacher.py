@@ -144,9 +144,12 @@ class Teacher:
         return 0.5 ** (self._warmup / (self._half_life * step))
 
     def state(self) -> dict[str, Tensor]:
-        """The teacher's own tensors, for safetensors; what it shares with the student is left out. All ranks ask."""
+        """The teacher's own tensors, not copied unless divided among ranks; those shared with the student are left out.
+
+        All ranks ask together.
+        """
         tensors = self._tensors(self.model)
-        return {name: distributed.whole(tensors[name].detach()).cpu().contiguous() for name in self._own}
+        return {name: distributed.gathered(tensors[name].detach()) for name in self._own}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

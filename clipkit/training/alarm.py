@@ -52,7 +52,8 @@ class Alarm:
         own = {"rank": self._rank, "said": _told(error), "code": 2 if isinstance(error, UserError) else 1}
         first = self._said or self._tell(own)
         if first != own:
-            raise PeerFailed(f"{_ends(self._rank, first)}; here: {_told(error)}", first["code"]) from None
+            here = "" if own["said"] == first["said"] else f"; here: {own['said']}"
+            raise PeerFailed(_ends(self._rank, first) + here, first["code"]) from None
         if isinstance(error, UserError):
             raise UserError(f"rank {self._rank}: {error}") from None
         get_error_handler().record_exception(error)  # torchrun names the rank that wrote this as the cause

@@ -9,7 +9,8 @@
       rng_0.safetensors …                one per rank
 
 Everything is written into a hidden folder first and renamed when complete, so a killed save leaves no half
-checkpoint. Nothing is ever unpickled.
+checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the copy
+itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -32,11 +35,12 @@ from clipkit.config import Config
 from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.errors import UserError
-from clipkit.model.load import save as save_model
+from clipkit.model.load import description, save_parts
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
+from clipkit.training.mirror import Mirror
 from clipkit.training.optim import MOMENTS
 
 BESIDE_BYTES = 1_000_000
@@ -55,25 +59,51 @@ class Checkpoints:
     teacher: Teacher | None
     objective: Objective
     guard: Guard
+    mirror: Mirror | None = None
 
-    def save(self, step: int) -> Path:
-        """Write the checkpoint of `step`. Raises UserError when there is no room; nothing half is left then."""
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: tuple[Path, Future[None] | None] | None = None
+        """The checkpoint being written, and at the main rank what writes it."""
+        self._copied = Event()
+        self._copied.set()
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`; with `save_async` begin to, when the one before is whole.
+
+        Raises UserError when this one, or the one before, cannot be written; nothing half is left then.
+        """
+        self.finish()
         final = self.folder / "checkpoints" / f"step_{step:08d}"
-        partial = final.with_name(f".{final.name}.partial")
-        tables = self._tables()
-        self._together(final, partial, lambda: self._prepare(partial, tables))
-        self._together(final, partial, lambda: self._write(step, partial, tables))
+        partial = _partial(final)
+        parts = _Parts(description(self.engine.bare), self._state(step), self._tables())
+        self._together(final, lambda: self._prepare(partial, parts.tables))
+        self._together(final, lambda: _write_random_state(partial))
+        future = None
         if distributed.is_main():
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            for old in whole_checkpoints(self.folder)[: -self.config.keep]:
-                shutil.rmtree(old)
-        distributed.barrier()
+            self._copied.clear()
+            future = self._thread.submit(self._write, final, parts)
+        self._under_way = final, future
         self.guard.saved()
-        return final
+        if not self.config.save_async:
+            self.finish()
+
+    def settle(self) -> None:
+        """Wait until the weights may move: what is being saved is copied."""
+        self._copied.wait()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is whole. Raises UserError, on all ranks, where it cannot be written."""
+        if self._under_way:
+            final, future = self._under_way
+            self._under_way = None
+            self._together(final, future.result if future else lambda: None)
 
     def restore(self) -> int:
-        """Bring everything back to the newest checkpoint of the run; returns its step, 0 when there is none."""
+        """Bring everything back to the newest checkpoint, of the run or its mirror; returns its step, 0 without one."""
+        if self.mirror:
+            self.mirror.fetch(self.folder / "checkpoints")
+        distributed.barrier()
         whole = whole_checkpoints(self.folder)
         if not whole:
             return 0
@@ -96,22 +126,37 @@ class Checkpoints:
 
         Returns its step. Raises UserError when there is none, or when the run has gone back to it before.
         """
+        self.finish()
         states = {path: _state(path) for path in whole_checkpoints(self.folder)}
-        before = [path for path, state in states.items() if not state["guard"]["streak"]]
+        before = [path for path, state in states.items() if self.guard.trusts(state["guard"])]
         self.guard.go_back(states[before[-1]]["guard"]["updates"] if before else None)
         self._load(before[-1])
         return states[before[-1]]["step"]
 
     def _tables(self) -> dict[str, dict[str, Tensor]]:
-        """What is written, by file name; every rank takes part in gathering what engines divide."""
-        tables = {"model": self.engine.weights(), "optimizer": self.engine.moments() if self.guard.updates else {}}
+        """All tensors by file name; every rank takes part in gathering what engines divide.
+
+        What moves in a forward pass (running statistics, what terms remember) is a copy, the rest the thing itself.
+        """
+        model = self.engine.weights()
+        tables = {"model": model | {name: x.clone() for name, x in self.engine.bare.named_buffers() if name in model}}
+        tables["optimizer"] = self.engine.moments() if self.guard.updates else {}
         if self.teacher and (own := self.teacher.state()):
             tables["teacher"] = own
         if remembered := self.objective.state():
-            tables["terms"] = remembered
+            tables["terms"] = {name: x.clone() for name, x in remembered.items()}
         return tables
 
-    def _together(self, final: Path, partial: Path, work: Callable[[], None]) -> None:
+    def _state(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "position": self.plan.position(step),
+            "guard": self.guard.state(),
+            "engine": self.engine.state(),
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def _together(self, final: Path, work: Callable[[], None]) -> None:
         """Do this rank's part of the work; where a rank cannot write, all raise the same UserError."""
         problem = ""
         try:
@@ -121,7 +166,7 @@ class Checkpoints:
         problems = [found for found in distributed.gather_objects(problem) if found]
         if problems:
             if distributed.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(_partial(final), ignore_errors=True)
             whole = whole_checkpoints(self.folder)
             stays = f"{whole[-1].name} stays as it was" if whole else "no checkpoint from before"
             raise UserError(f"{final}: cannot be written: {problems[0]}; {stays}; make room and go on with --resume")
@@ -136,22 +181,29 @@ class Checkpoints:
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
 
-    def _write(self, step: int, partial: Path, tables: dict[str, dict[str, Tensor]]) -> None:
-        save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
-        if not distributed.is_main():
-            return
-        save_model(self.engine.bare, partial, tables["model"])
+    def _write(self, final: Path, parts: _Parts) -> None:
+        """In the thread, at the main rank: all but the random states, which lie there already."""
+        tables = parts.tables
+        try:
+            if self.config.save_async:
+                tables = {name: host_copy(table, parts.ready) for name, table in tables.items()}
+        finally:
+            self._copied.set()
+        partial = _partial(final)
         for name, table in tables.items():
-            if name != "model":
+            table = table if self.config.save_async else host_copy(table, parts.ready)  # then one at a time
+            if name == "model":
+                save_parts(table, parts.about, partial)
+            else:
                 save_file(table, partial / f"{name}.safetensors")
-        state = {
-            "step": step,
-            "position": self.plan.position(step),
-            "guard": self.guard.state(),
-            "engine": self.engine.state(),
-            "config": self.config.model_dump(mode="json"),
-        }
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        (partial / "state.json").write_text(json.dumps(parts.state, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in whole_checkpoints(self.folder)[: -self.config.keep]:
+            if not (self.mirror and self.mirror.reads(old)):
+                shutil.rmtree(old)
+        if self.mirror:
+            self.mirror.push(final)
 
     def _load(self, path: Path) -> None:
         self.engine.load_weights(path)
@@ -164,6 +216,38 @@ class Checkpoints:
         rng = path / f"rng_{distributed.rank()}.safetensors"
         if rng.is_file():  # absent on ranks that the saving world did not have
             torch.set_rng_state(load_file(rng)["torch"])
+
+
+class _Parts:
+    """What a checkpoint is made of: what model.json and state.json say, and tables by file name, not copied yet."""
+
+    def __init__(self, about: dict[str, Any], state: dict[str, Any], tables: dict[str, dict[str, Tensor]]):
+        self.about, self.state, self.tables = about, state, tables
+        self.ready: Any = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        """On a GPU: when all that was asked for before is done."""
+
+
+def host_copy(table: dict[str, Tensor], ready: Any) -> dict[str, Tensor]:
+    """Copies on the host that share no storage. On a GPU beside what it computes, from the event `ready` on."""
+    if ready is None:
+        return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in table.items()}
+    beside = torch.cuda.Stream()
+    beside.wait_event(ready)
+    with torch.cuda.stream(beside):
+        copies = {
+            name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+            for name, x in table.items()
+        }
+    beside.synchronize()
+    return copies
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _write_random_state(partial: Path) -> None:
+    save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

@@ -141,7 +141,7 @@ class Engine:
             self.scaling = LossScale(**state["scaling"])
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by name, each in full. All ranks ask together."""
+        """The model's tensors by name, each in full, not copied. All ranks ask together."""
         return self.bare.state_dict()
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -149,13 +149,13 @@ class Engine:
         weights_into(self.bare, checkpoint)
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's moments by MOMENT.PARAMETER, each in full, on the CPU. All ranks ask together."""
+        """The optimizer's moments by MOMENT.PARAMETER, each in full, not copied. All ranks ask together."""
         out: dict[str, Tensor] = {}
         for name, parameter in self._learning():
             for key in self._kept:
                 value = self._moment(parameter, key)
                 if value is not None:
-                    out[f"{key}.{name}"] = value.detach().float().cpu().contiguous()
+                    out[f"{key}.{name}"] = value.detach().float()
         return out
 
     def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:

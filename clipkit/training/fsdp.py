@@ -38,7 +38,7 @@ class ShardingEngine(Engine):
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, each in full, on the CPU. All ranks ask together."""
-        return {name: distributed.whole(x.detach()).cpu() for name, x in self.bare.state_dict().items()}
+        return {name: distributed.gathered(x.detach()).cpu() for name, x in self.bare.state_dict().items()}
 
     def whole_model(self) -> DualEncoder:
         """A copy with all weights. All ranks ask together."""
@@ -85,7 +85,7 @@ class ShardingEngine(Engine):
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
         value = super()._moment(parameter, key)
-        return None if value is None else distributed.whole(value)
+        return None if value is None else distributed.gathered(value)
 
     def _placed(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         placed = torch.zeros_like(parameter, requires_grad=False)

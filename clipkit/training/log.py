@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, skipped.jsonl, TensorBoard, and a progress bar for people."""
+"""What a run writes down: metrics.jsonl, skipped.jsonl, spikes.jsonl, TensorBoard, and a progress bar for people."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from clipkit.data.shards import Index
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.measures import means, measures, temperatures
 from clipkit.training.optim import learning_rate
+from clipkit.training.work import Work
 
 
 class RunLog:
@@ -36,6 +37,8 @@ class RunLog:
     def __init__(self, folder: Path, config: Config, start: int):
         self._config = config
         self._writer = _Writer(folder, start, config) if distributed.is_main() else None
+        peak = config.engine.peak_tflops
+        self._work = Work(config, peak) if peak and self._writer else None
         self._skipped: Counter[str] = Counter()
         self._waited = 0.0
         self._mark = self._line_mark = time.perf_counter()
@@ -79,8 +82,24 @@ class RunLog:
         if self._writer:
             self._writer.tick(step)
         if self.due(step):
-            self._line(step, loss, terms, pulls, norm, z, batch.kinds, skipped_steps)
+            self._line(step, loss, terms, pulls, norm, z, batch, skipped_steps)
         self._mark = time.perf_counter()
+
+    def spike(
+        self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, batch: Batch, index: Index, usual: float
+    ) -> None:
+        """Write down a step whose loss was far above the `usual`: the keys of the global batch, and what terms said."""
+        shares = distributed.gather_objects(batch.id.tolist())
+        if self._writer:
+            row = {
+                "loss": float(loss),
+                "usual": usual,
+                "grad_norm": float(norm),
+                "terms": {name: float(term) for name, term in terms.items()},
+                "keys": [index.where(id) for share in shares for id in share],
+            }
+            said = f"step {step}: loss {row['loss']:.4g} where {usual:.4g} is usual; its samples are in spikes.jsonl"
+            self._writer.event(step, row, said, file="spikes")
 
     def skip(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor, batch: Batch, index: Index) -> None:
         """Write down a skipped step: the keys of the global batch, and which terms were not finite."""
@@ -115,15 +134,16 @@ class RunLog:
         pulls: dict[str, float],
         norm: Tensor,
         z: Embeddings,
-        kinds: dict[int, str],
+        batch: Batch,
         skipped_steps: int,
     ) -> None:
         skipped: Counter[str] = Counter()
-        ranks = distributed.gather_objects((self._skipped, measures(z, kinds), memory_bytes()))
+        ranks = distributed.gather_objects((self._skipped, measures(z, batch.kinds), memory_bytes()))
         for counts, _, _ in ranks:
             skipped.update(counts)
         now = time.perf_counter()
         elapsed = max(now - self._line_mark, 1e-9)
+        rate = (step - self._line_step) * self._config.batch_size / elapsed
         scale, found = float(torch.as_tensor(z.scale).detach()), means([found for _, found, _ in ranks])
         row = {
             "loss": float(loss),
@@ -135,8 +155,9 @@ class RunLog:
             **temperatures(self._config.objective, scale, found["cosine/positive"]),
             **found,
             "data_wait": self._waited / elapsed,
-            "samples_per_s": (step - self._line_step) * self._config.batch_size / elapsed,
+            "samples_per_s": rate,
             "memory_bytes": max(used for _, _, used in ranks),
+            **({"mfu": self._work.utilisation(rate, batch)} if self._work else {}),
             **{f"skipped/{reason}": count for reason, count in skipped.items()},
             **({"skipped_steps": skipped_steps} if skipped_steps else {}),
         }
@@ -153,9 +174,10 @@ class _Writer:
 
         self._file = _continued(folder / "metrics.jsonl", start)
         self._samples = _continued(folder / "samples.jsonl", start) if config.log_samples else None
-        self._events = folder / "skipped.jsonl"  # hardly ever written to: opened at each line
-        if self._events.is_file():
-            _continued(self._events, start).close()
+        self._events = {name: folder / f"{name}.jsonl" for name in ("skipped", "spikes")}
+        for events in self._events.values():  # hardly ever written to: opened at each line
+            if events.is_file():
+                _continued(events, start).close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._batch_size = config.batch_size
         self._bar = Progress(
@@ -190,9 +212,9 @@ class _Writer:
             terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
             self._bar.update(self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s")
 
-    def event(self, step: int, row: dict[str, Any], said: str) -> None:
-        with self._events.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+    def event(self, step: int, row: dict[str, Any], said: str, file: str = "skipped") -> None:
+        with self._events[file].open("a") as lines:
+            lines.write(json.dumps({"step": step, **row}) + "\n")
         self._bar.console.print(said, highlight=False, soft_wrap=True)
 
     def samples(self, step: int, ids: list[int]) -> None:

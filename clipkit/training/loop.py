@@ -29,6 +29,7 @@ from clipkit.training.engine import Engine, engine_for
 from clipkit.training.features import cached_features
 from clipkit.training.guard import Guard
 from clipkit.training.log import RunLog
+from clipkit.training.mirror import Mirror
 from clipkit.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -40,14 +41,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
     folder = _open_run(config, resume)
     engine = engine_for(config)
     with Alarm():
-        last = _train(config, engine, folder, resume)
+        mirror = Mirror(config) if config.mirror and distributed.is_main() else None
+        last = _train(config, engine, folder, mirror, resume)
         engine.close()
+    if mirror:
+        mirror.close()
     if last < config.steps:
         raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
     return folder
 
 
-def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
+def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, resume: bool) -> int:
     """The run itself; returns the last step, which is saved."""
     _seed(config.seed)
     index, plan = open_data(config)
@@ -61,7 +65,7 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
     if "local_logit" in objective.needs:
         model.compare_locally()  # the teacher, a copy, does not
     guard = Guard(config.guard, config.save_minutes)
-    checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard)
+    checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard, mirror)
     start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
     last = start
@@ -77,9 +81,10 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
                 if teacher:
                     z.teacher = teacher.embed(batch, engine.parts)
             loss, terms = objective(z.world(), at=z if log.due(step + 1) else None)
+            checkpoints.settle()
             norm = engine.backward(loss)
-            last = step + 1
-            if guard.passes(norm, excused=engine.excuses(loss)):  # one answer on all ranks
+            last, usual = step + 1, guard.usual[0]
+            if guard.passes(norm, loss, excused=engine.excuses(loss)):  # one answer on all ranks
                 engine.update()
                 if teacher:
                     with engine.student():
@@ -88,18 +93,21 @@ def _train(config: Config, engine: Engine, folder: Path, resume: bool) -> int:
                 engine.skip()
                 objective.undo()
                 log.skip(last, loss.detach(), terms, norm, batch, index)
+            if guard.spiked:
+                log.spike(last, loss.detach(), terms, norm, batch, index, usual)
             log.step(last, loss.detach(), terms, objective.pulls, norm, z, batch, guard.skipped)
             if guard.exhausted:
                 log.roll_back(last, checkpoints.roll_back())
             if guard.stopping:
                 break
             due = _due(last, config.save_every, config) or (guard.save_due and last < config.steps)
-            if due and not guard.streak:
+            if due and guard.sound:
                 checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
                 log.evaluation(last, _evaluate(config, engine.whole_model(), folder))
         if start < last:
             checkpoints.save(last)
+        checkpoints.finish()
     return last
 
 

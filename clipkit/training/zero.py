@@ -86,7 +86,8 @@ class _DividingEngine(Zero0Engine):
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, key)
+        value = safe_get_full_optimizer_state(parameter, key)
+        return None if value is None else value.cpu()
 
     def _begin_moments(self, flats: list[Tensor], updates: int) -> None:
         """Moments of 0 for this rank's flat groups of weights."""

@@ -79,9 +79,10 @@ def _hanging(tree: dict, rank: int, world: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_collective_that_waits_too_long_ends_all(tiny_tree: dict) -> None:
     """Rank 1 hangs: rank 0 ends after engine.timeout_s, says so, and takes rank 1 along."""
-    tree = tiny_tree | {"engine": {"timeout_s": 2}, "port": free_ports(1)[0]}
+    tree = tiny_tree | {"engine": {"timeout_s": 10}, "port": free_ports(1)[0]}
     with pytest.raises(RankError, match="rank 1 ended without a word"):
         run_ranks(partial(_hanging, tree), 2, timeout_s=60)
 

@@ -51,7 +51,7 @@ def _clocks(rank: int, _world: int) -> tuple[list[bool], int]:
     guard, found = Guard(GuardConfig(), save_minutes=1.0), []
     for step in range(steps):
         now = 1e6 * (step + 1) if rank else 20.0 * (step + 1)
-        guard.passes(torch.tensor(1.0))
+        guard.passes(torch.tensor(1.0), torch.tensor(1.0))
         found.append(guard.save_due)
         if guard.save_due:
             guard.saved()
@@ -80,4 +80,4 @@ def test_two_ranks_save_the_same_steps(tiny_tree: dict) -> None:
 def test_without_it_nothing_is_ever_due(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = Guard(GuardConfig())
     monkeypatch.setattr(guarding, "monotonic", lambda: 1e12)
-    assert guard.passes(torch.tensor(1.0)) and not guard.save_due
+    assert guard.passes(torch.tensor(1.0), torch.tensor(1.0)) and not guard.save_due

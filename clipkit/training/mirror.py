@@ -1,0 +1,132 @@
+"""Copies of a run's newest checkpoints in another place: a folder, or whatever fsspec has a URL for (s3, gs, ...).
+
+    MIRROR/step_00000200/   the files of checkpoints/step_00000200; state.json comes last, and says that all are there
+
+A copy that fails is tried again, then said and left out; it never ends the run. Credentials are the store's own matter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from clipkit.config import Config
+from clipkit.data.remote import filesystem, within
+from clipkit.data.web import Transient, shown
+from clipkit.errors import UserError
+
+TRIES, PAUSE_S = 4, 2.0
+"""Attempts at one checkpoint, and the pause after the first, which doubles."""
+LAST = "state.json"
+
+
+class Mirror:
+    """The mirror of one run. Checkpoints are copied by a thread, one at a time; only the newest waits.
+
+    Raises UserError where no store can be had at the address.
+    """
+
+    def __init__(self, config: Config):
+        self.url, self._keep = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config.keep
+        self._store, self._root = filesystem(self.url)
+        self._thread = ThreadPoolExecutor(1)
+        self._newest: Path | None = None
+        self._reading: Path | None = None
+
+    def push(self, checkpoint: Path) -> None:
+        """Have it copied soon; those that still wait no longer count."""
+        self._newest = checkpoint
+        self._thread.submit(self._copy, checkpoint)
+
+    def reads(self, checkpoint: Path) -> bool:
+        """Whether it is being copied just now, and must stay."""
+        return self._reading == checkpoint
+
+    def close(self) -> None:
+        """Wait until the newest checkpoint is copied, or given up."""
+        self._thread.shutdown()
+
+    def fetch(self, checkpoints: Path) -> None:
+        """Bring its newest checkpoint into the folder `checkpoints`, unless that has one as new.
+
+        Raises UserError when it cannot be read and there is none here either.
+        """
+        here = sorted(checkpoints.glob("step_*"))
+        try:
+            there = self._whole()
+            if there and (not here or there[-1] > here[-1].name):
+                self._download(there[-1], checkpoints)
+        except (Transient, UserError, OSError) as error:
+            if not here:
+                raise UserError(f"mirror: {shown(self.url)}: cannot be read: {error}") from None
+            _say(f"mirror: {shown(self.url)}: cannot be read ({error}); going on from {here[-1].name}")
+
+    def _copy(self, checkpoint: Path) -> None:
+        reason: Exception | None = None
+        for number in range(TRIES):
+            if checkpoint != self._newest:
+                return
+            if reason:
+                time.sleep(PAUSE_S * 2 ** (number - 1))
+            try:
+                self._reading = checkpoint
+                self._upload(checkpoint)
+                self._clear()
+                return
+            except (Transient, UserError, OSError) as error:
+                reason = error
+            finally:
+                self._reading = None
+        _say(f"mirror: {checkpoint.name} could not be copied to {shown(self.url)}, tried {TRIES} times: {reason}")
+
+    def _upload(self, checkpoint: Path) -> None:
+        self._remove(checkpoint.name)
+        self._ask("makedirs", self._path(checkpoint.name), exist_ok=True)
+        files = sorted(path for path in checkpoint.iterdir() if path.name != LAST)
+        for file in [*files, checkpoint / LAST]:
+            self._ask("put_file", str(file), self._path(checkpoint.name, file.name), size=file.stat().st_size)
+
+    def _clear(self) -> None:
+        """Take away all but the newest `keep`, and what was never whole."""
+        kept = self._whole()[-self._keep :]
+        for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(kept):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """The last file first: what is half gone is not whole."""
+        for path in (self._path(name, LAST), self._path(name)):
+            if self._ask("exists", path):
+                self._ask("rm", path, recursive=path != self._path(name, LAST))
+
+    def _download(self, name: str, checkpoints: Path) -> None:
+        partial = checkpoints / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in self._listed(f"{name}/*"):
+            size = self._ask("info", path)["size"]
+            self._ask("get_file", path, str(partial / path.rpartition("/")[2]), size=size)
+        os.replace(partial, checkpoints / name)
+
+    def _whole(self) -> list[str]:
+        """Names of its whole checkpoints, oldest first."""
+        self._store.invalidate_cache()
+        return sorted(path.split("/")[-2] for path in self._listed(f"step_*/{LAST}"))
+
+    def _listed(self, pattern: str) -> list[str]:
+        return sorted(self._ask("glob", self._path(pattern)))
+
+    def _path(self, *names: str) -> str:
+        return "/".join([self._root, *names])
+
+    def _ask(self, method: str, *words: Any, size: int = 0, **more: Any) -> Any:
+        """One call to the store, with a deadline by `size`."""
+        return within(lambda: getattr(self._store, method)(*words, **more), self.url, size)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,169 @@
+"""Checkpoints written while training goes on: the same bytes, one at a time, whole or not at all; and their mirror."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from clipkit.config import Config
+from clipkit.errors import UserError
+from clipkit.training import checkpoint as saving
+from clipkit.training import mirror as mirroring
+from clipkit.training.engine import Engine
+from clipkit.training.loop import train
+from tests.training.runs import losses
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of every checkpoint but state.json, which names the run."""
+    files = sorted(file for file in run.glob("checkpoints/*/*") if file.name != "state.json")
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+def config(tree: dict, **settings: Any) -> Config:
+    return Config.model_validate(tree | {"samples": 64, "save_every": 16, "keep": 9} | settings)
+
+
+def test_written_beside_training_are_the_same_bytes(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when copying begins as late as it may: when the next step has run forward, whose batch norms have moved."""
+    tiny_tree["model"] |= {"image": {"conv": [[8, 2], [16, 2]], "size": 16}}
+    tiny_tree["objective"] |= {"rank": {}}
+    waited = train(config(tiny_tree, name="waited", save_async=False))
+    embedded, copy, embed = Event(), saving.host_copy, Engine.embed
+
+    def late(*table: Any) -> Any:
+        embedded.wait(timeout=5)
+        return copy(*table)
+
+    def signal(*step: Any) -> Any:
+        z = embed(*step)
+        embedded.set()
+        return z
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "host_copy", late)
+        patch.setattr(Engine, "embed", signal)
+        save = saving.Checkpoints.save
+        patch.setattr(saving.Checkpoints, "save", lambda *step: (embedded.clear(), save(*step)))
+        beside = train(config(tiny_tree, name="beside"))
+    assert len(contents(waited)) == 4 * 6 and contents(waited) == contents(beside)
+
+
+def test_a_save_that_fails_is_told_at_the_next(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = saving.save_parts
+
+    def failing(state: Any, about: Any, folder: Path) -> None:
+        if "step_00000002" in folder.name:
+            raise OSError("the disk is gone")
+        write(state, about, folder)
+
+    monkeypatch.setattr(saving, "save_parts", failing)
+    run = config(tiny_tree)
+    with pytest.raises(UserError, match="step_00000002: cannot be written: the disk is gone; step_00000001 stays"):
+        train(run)
+    assert [path.name for path in (run.run_folder / "checkpoints").iterdir()] == ["step_00000001"]
+    assert len(losses(run.run_folder)) == 3  # the next save was due there
+
+
+def test_one_that_fails_last_is_told_at_the_end(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*parts: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(saving, "save_parts", failing)
+    with pytest.raises(UserError, match="step_00000004: cannot be written: .* no checkpoint from before"):
+        train(config(tiny_tree, save_every=0))
+
+
+@pytest.mark.gpu
+def test_copies_beside_what_a_gpu_computes() -> None:
+    x = torch.randn(64, 3, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    ready = torch.cuda.current_stream().record_event()
+    copied = saving.host_copy({"x": x}, ready)["x"]
+    assert copied.device.type == "cpu" and copied.is_contiguous() and torch.equal(copied, x.cpu())
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[MemoryFileSystem]]:
+    """`flaky://`: files in memory, behind a store that refuses the next `refused` uploads."""
+
+    class Flaky(MemoryFileSystem):
+        protocol = "flaky"
+        store: dict[str, Any] = {}
+        pseudo_dirs: list[str] = [""]
+        refused = 0
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+        def put_file(self, *words: Any, **more: Any) -> None:
+            if Flaky.refused:
+                Flaky.refused -= 1
+                raise ConnectionError("reset by peer")
+            super().put_file(*words, **more)
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(mirroring, "PAUSE_S", 0.0)
+    yield Flaky
+
+
+def names(store: type[MemoryFileSystem]) -> set[str]:
+    return {path.split("/")[-2] for path in store.store if path.endswith("state.json")}
+
+
+def test_a_run_goes_on_from_its_mirror(tiny_tree: dict, store: Any) -> None:
+    """With its folder lost, or with one that is older: the same bits as a run left in peace. Old copies go."""
+    peace = contents(train(config(tiny_tree, name="peace", keep=2)))
+    run = config(tiny_tree, name="lost", mirror="flaky://runs/{name}", keep=2)
+    checkpoints = train(run) / "checkpoints"
+    assert names(store) == {"step_00000003", "step_00000004"}
+    for older in (True, False):
+        store().rm("/runs/lost/step_00000004", recursive=True)
+        shutil.rmtree(checkpoints / "step_00000004")
+        newest = checkpoints / "step_00000003"
+        if older:
+            newest.rename(checkpoints / "step_00000001")
+        else:
+            shutil.rmtree(run.run_folder)
+        train(run, resume=True)
+        assert {file: data for file, data in contents(run.run_folder).items() if "00001" not in file} == peace
+        assert names(store) == {"step_00000003", "step_00000004"}
+
+
+def test_what_fails_is_tried_again_and_ends_nothing(tiny_tree: dict, store: Any, capfd: Any) -> None:
+    store.refused = 2
+    run = train(config(tiny_tree, save_every=0, mirror="flaky://there"))
+    assert names(store) == {"step_00000004"} and "mirror" not in capfd.readouterr().err
+    store.refused = 10**6
+    train(config(tiny_tree, save_every=0, mirror="flaky://other", name="other"))
+    said = capfd.readouterr().err
+    assert "mirror: step_00000004 could not be copied to flaky://other, tried 4 times" in said
+    assert "reset by peer" in said and (run / "checkpoints/step_00000004/state.json").is_file()
+
+
+def test_a_mirror_that_cannot_be_read(tiny_tree: dict, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    """No way to begin a lost run, but none to end one whose folder is there."""
+
+    def refuse(mirror: mirroring.Mirror) -> list[str]:
+        raise UserError("not allowed")
+
+    monkeypatch.setattr(mirroring.Mirror, "_whole", refuse)
+    run = config(tiny_tree, save_every=0, samples=32, mirror=str(tmp_path / "mirror"))
+    with pytest.raises(UserError, match="mirror: .*mirror: cannot be read: not allowed"):
+        train(run, resume=True)
+    (run.run_folder / "checkpoints/step_00000001").mkdir(parents=True)
+    mirroring.Mirror(run).fetch(run.run_folder / "checkpoints")
+    assert "cannot be read (not allowed); going on from step_00000001" in capfd.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_told_before_training(tiny_tree: dict) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        train(config(tiny_tree, mirror="nowhere://x"))

@@ -8,7 +8,8 @@ from clipkit.errors import UserError
 from clipkit.registry import TERMS
 
 if TYPE_CHECKING:
-    from clipkit.config import Config, DataConfig
+    from clipkit.config import Config
+    from clipkit.settings import DataConfig
 
 ROLES = ("image", "text", "positive_text", "negative_text", "negative_image")
 """What the embeddings of a pair are called."""

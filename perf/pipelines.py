@@ -18,7 +18,6 @@ import webdataset
 from PIL import Image
 from torch.nn import functional
 
-from clipkit.config import DataConfig
 from clipkit.data.augment import TRIES, crop_box
 from clipkit.data.build import Sample, write_shard
 from clipkit.data.decode import Preprocess
@@ -27,6 +26,7 @@ from clipkit.data.plan import Plan
 from clipkit.data.seeds import uniform
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
+from clipkit.settings import DataConfig
 
 SIZE, BATCH, ROUNDS, QUALITY = 224, 64, 7, 90
 TOKENIZER = Tokenizer()

@@ -37,8 +37,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from clipkit.config import ModelConfig
     from clipkit.model.load import build, save
+    from clipkit.settings import ModelConfig
 
     folder = tmp_path_factory.mktemp("model")
     tiny = configuration.load("debug").model.model_dump() | {"embed_dim": 16}

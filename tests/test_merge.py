@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import clipkit
 from clipkit import merge
-from clipkit.config import TextTower
 from clipkit.errors import UserError
 from clipkit.evaluation.forgetting import start_of
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.load import save
 from clipkit.model.weights import mean_of_weights
+from clipkit.settings import TextTower
 from tests.evaluation.fakes import write_benchmark
 from tests.model.tiny import TEXT, tiny, tiny_resnet
 from tests.typed import run as typed

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess
 from clipkit.data.features import FeatureStore
@@ -27,6 +26,7 @@ from clipkit.data.shards import Index
 from clipkit.data.stack import stack
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler may send to a job whose time is up."""

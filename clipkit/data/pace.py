@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from clipkit.config import DataConfig
 from clipkit.data.decode import Preprocess
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
+from clipkit.settings import DataConfig
 
 PAIRS = 2048
 """About as many pairs are timed."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.config import DataConfig
 from clipkit.data.augment import random_view
 from clipkit.data.decode import Preprocess, View, decode_views, whole
 from clipkit.data.features import FeatureStore
@@ -33,6 +32,7 @@ from clipkit.data.shards import Index
 from clipkit.data.stored import Wanted, requests, stored_rows
 from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 PATIENCE = 1000
 """So many unreadable samples in a row are no accident: the data is wrong."""

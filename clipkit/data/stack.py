@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.reader import Row, kind_number
 from clipkit.data.tags import vocabulary
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 Ragged = list[list[Any]]
 """For each pair, what it has of something."""

@@ -20,7 +20,7 @@ import numpy as np
 from clipkit.data.members import SHEETS, Sheet, Unreadable
 
 if TYPE_CHECKING:
-    from clipkit.config import DataConfig
+    from clipkit.settings import DataConfig
 
 PARTS = {"image": "image", "text": "text", "positive_text": "text", "negative_text": "negatives"}
 """Which member holds a role's rows: SET.PART.npy."""

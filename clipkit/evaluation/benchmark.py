@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from clipkit.config import Section, data_folders, explain
+from clipkit.config import data_folders, explain
 from clipkit.errors import UserError, did_you_mean
 from clipkit.evaluation.roots import Roots, split_reference
+from clipkit.settings import Section
 
 Names = Annotated[list[str], Field(min_length=1)]
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipkit.checks import ROLES
-from clipkit.config import ModelConfig
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess, decode, fit, to_pixels
 from clipkit.data.members import Unreadable
@@ -39,6 +38,7 @@ from clipkit.model.spec import custom_spec, heads_spec, text_spec
 from clipkit.model.tokens import check_tokens, spoken, with_patches, with_words
 from clipkit.model.towers import RootHead, TimmTower, adapter, build_towers, load_timm_weights, trims_exactly
 from clipkit.model.weights import weights_into
+from clipkit.settings import ModelConfig
 
 TEXTS = ("text", "positive_text", "negative_text")
 """The roles that the text tower encodes."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from clipkit.config import ImageTower, ModelConfig
 from clipkit.data.decode import Preprocess
+from clipkit.settings import ImageTower, ModelConfig
 
 
 def preprocess_of(config: ModelConfig) -> Preprocess:

@@ -19,9 +19,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipkit.config import HeadsConfig, ModelConfig, TextTower
 from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError, did_you_mean
+from clipkit.settings import HeadsConfig, ModelConfig, TextTower
 
 Spec = dict[str, Any]
 VOCABULARY = 49408

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from clipkit import distributed
 from clipkit.checks import ROLES, teacher_roles
-from clipkit.config import TeacherConfig
 from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import TEXTS, DualEncoder
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.load import load
 from clipkit.registry import TERMS
+from clipkit.settings import TeacherConfig
 
 if TYPE_CHECKING:
     from clipkit.config import Config

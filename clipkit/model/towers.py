@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from timm.layers.attention_pool2d import AttentionPool2d
 from torch import Tensor, nn
 
-from clipkit.config import ImageTower
 from clipkit.errors import UserError, did_you_mean
 from clipkit.model.adapter import FeatureAdapter
 from clipkit.model.spec import Spec
+from clipkit.settings import ImageTower
 
 HEAD_WIDTH = 16
 """Channels a head of attention pooling: narrow heads are many, and each can look at places of its own."""

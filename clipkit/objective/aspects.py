@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from clipkit.config import Positive
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.contrast import diagonal, visible
 from clipkit.objective.kernel import full, mean_rows, similarity
 from clipkit.registry import term
+from clipkit.settings import Positive
 
 Temperature = Annotated[float, Field(gt=0.0)]
 

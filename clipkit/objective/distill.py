@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pdist, smooth_l1_loss
 
-from clipkit.config import Positive
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import full
 from clipkit.registry import term
+from clipkit.settings import Positive
 
 
 @term(needs=("teacher.image?", "teacher.text?", "teacher.negative_text?", "teacher_width"))

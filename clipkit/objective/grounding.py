@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkit.config import Share
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import contrast_rows, full, log_mask, mean_rows, similarity
 from clipkit.registry import term
+from clipkit.settings import Share
 
 
 @term(needs="negative_text")

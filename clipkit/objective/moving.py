@@ -24,13 +24,13 @@ from pydantic import Field
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.config import Count
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.kernel import full, mean_rows
 from clipkit.objective.samples import SampleTable
 from clipkit.objective.tables import Block, contrast_tables, pairs
 from clipkit.registry import term
+from clipkit.settings import Count
 
 SIDES = ("image", "text")
 AboveZero = Annotated[float, Field(gt=0.0)]

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from clipkit.config import Count, Positive
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.contrast import both_ways, diagonal, visible
 from clipkit.objective.kernel import contrast_rows, full, log_mask, similarity
 from clipkit.registry import term
+from clipkit.settings import Count, Positive
 
 AT_ONCE = 2**20
 """Numbers held at a time for the products of pairs of keys."""

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipkit.config import Share
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.contrast import diagonal, infonce, visible
 from clipkit.objective.kernel import contrast_rows, full, log_mask, mean_rows, similarity
 from clipkit.registry import term
+from clipkit.settings import Share
 
 
 @term(needs=("negative_text", "negative_image"))

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkit.config import Positive
 from clipkit.errors import UserError
 from clipkit.model.embeddings import Embeddings
 from clipkit.objective.contrast import diagonal, visible
@@ -20,6 +19,7 @@ from clipkit.objective.groups import LOG_5000, LogFactor, tuned_rows
 from clipkit.objective.kernel import contrast_rows, log_mask, mean_rows, similarity
 from clipkit.objective.sorting import upper_share
 from clipkit.registry import term
+from clipkit.settings import Positive
 
 AboveZero = Annotated[float, Field(gt=0.0)]
 View = tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]

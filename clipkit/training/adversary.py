@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.config import AdversaryConfig
 from clipkit.data.batch import Batch
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.objective.kernel import contrast_rows, log_mask, similarity
+from clipkit.settings import AdversaryConfig
 
 
 def attacked(model: DualEncoder, batch: Batch, config: AdversaryConfig, parts: int = 1) -> Batch:

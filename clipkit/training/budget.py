@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipkit.checks import ROLES, check_split, teacher_roles
-from clipkit.config import Config, DataConfig
+from clipkit.config import Config
 from clipkit.data import indexing
 from clipkit.data.shards import expand
 from clipkit.errors import UserError
@@ -26,6 +26,7 @@ from clipkit.model.towers import blocks
 from clipkit.objective import Objective
 from clipkit.objective.tables import TILED_FROM
 from clipkit.objective.tiled import TILES
+from clipkit.settings import DataConfig
 from clipkit.training.cost import Cost, encoders, measure, saved_bytes, shapes_only, spec_at, spec_of
 from clipkit.training.optim import MOMENTS
 

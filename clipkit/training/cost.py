@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipkit.config import ModelConfig
 from clipkit.errors import UserError
 from clipkit.model.heads import build_heads
 from clipkit.model.names import resolve
@@ -37,6 +36,7 @@ from clipkit.model.spec import (
     text_spec,
 )
 from clipkit.model.towers import build_towers
+from clipkit.settings import ModelConfig
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What autocast computes in, by `engine.precision`."""

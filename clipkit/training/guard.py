@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.config import GuardConfig
 from clipkit.data.loader import STOPPING
 from clipkit.errors import UserError
+from clipkit.settings import GuardConfig
 
 WINDOW, ENOUGH = 128, 32
 """Losses that say what is usual, and how many of them do at least."""

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from clipkit.config import Config, OptimConfig
+from clipkit.config import Config
+from clipkit.settings import OptimConfig
 from clipkit.training.depth import learning_depths
 from clipkit.training.lion import Lion
 

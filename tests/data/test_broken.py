@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clipkit.config import DataConfig
 from clipkit.data.build import encode_jpeg
 from clipkit.data.check import check_shards
 from clipkit.data.decode import Preprocess
@@ -22,6 +21,7 @@ from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 from .conftest import noise_picture
 

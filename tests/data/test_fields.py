@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from clipkit import config as configuration
-from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.build import Sample, encode_jpeg, write_shard, write_shards
 from clipkit.data.decode import Preprocess, decode
@@ -25,6 +24,7 @@ from clipkit.data.shards import Index
 from clipkit.data.sources import tar
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 from .conftest import noise_picture
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.build import Sample, encode_jpeg, write_shard
 from clipkit.data.decode import Preprocess, decode, fit, read_picture, to_pixels
@@ -27,6 +26,7 @@ from clipkit.data.reader import NAMED_GROUP, draw
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 from .conftest import noise_picture, sample
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit import config as configuration
-from clipkit.config import DataConfig
 from clipkit.data.build import write_shard
 from clipkit.data.decode import Preprocess
 from clipkit.data.loader import Loader
@@ -18,6 +17,7 @@ from clipkit.data.mixture import Mixture, open_data, quotas
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 from .conftest import sample
 

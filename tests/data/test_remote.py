@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from clipkit.config import DataConfig
 from clipkit.data import remote, storage, tables, web
 from clipkit.data.build import Sample, write_shard, write_shards
 from clipkit.data.check import check_shards, index_shards
@@ -29,6 +28,7 @@ from clipkit.data.shards import Index, Url, expand
 from clipkit.data.sheet import show_shard
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 from tests.server import Handler, Server, Trouble, serving
 
 from .conftest import sample

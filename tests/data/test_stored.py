@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit.config import DataConfig
 from clipkit.data.batch import Batch
 from clipkit.data.build import encode_jpeg
 from clipkit.data.check import check_shards
@@ -26,6 +25,7 @@ from clipkit.data.stored import read_rows
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
 from clipkit.negatives.make import make
+from clipkit.settings import DataConfig
 
 from .conftest import noise_picture
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipkit.config import DataConfig
 from clipkit.data.build import write_shard
 from clipkit.data.decode import Preprocess
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
+from clipkit.settings import DataConfig
 
 from .conftest import sample
 from .test_plan import Counts

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from clipkit import config as configuration
-from clipkit.config import DataConfig
 from clipkit.data.augment import random_view
 from clipkit.data.batch import Batch
 from clipkit.data.decode import Preprocess, decode_view
@@ -17,6 +16,7 @@ from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.data.tokenize import Tokenizer
 from clipkit.errors import UserError
+from clipkit.settings import DataConfig
 
 SEED, SIZE = 5, 16
 Batches = Callable[..., list[Batch]]

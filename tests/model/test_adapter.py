@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.config import ModelConfig, TeacherConfig, TextTower
 from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.adapter import FeatureAdapter
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.load import load, save
 from clipkit.model.teacher import Teacher
+from clipkit.settings import ModelConfig, TeacherConfig, TextTower
 from tests.model.tiny import CAPTIONS, CONTEXT, batch_of, tiny
 
 WIDTH = 16

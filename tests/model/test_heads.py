@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from clipkit.config import ModelConfig, TeacherConfig
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.load import load, save, weights_into
 from clipkit.model.spec import check_start
 from clipkit.model.teacher import Teacher
+from clipkit.settings import ModelConfig, TeacherConfig
 from tests.model.tiny import CAPTIONS, batch_of, tiny, tiny_resnet
 
 WORDS = ["cube", "dog", "cat"]

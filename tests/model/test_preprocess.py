@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from clipkit.config import ModelConfig
 from clipkit.data.decode import Preprocess
 from clipkit.model.dual_encoder import build
 from clipkit.model.preprocess import preprocess_of
+from clipkit.settings import ModelConfig
 
 TINY = {"embed_dim": 16, "text": {"width": 64, "heads": 2, "layers": 1}}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipkit.config import TeacherConfig, TextTower
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import build
 from clipkit.model.load import save
 from clipkit.model.teacher import Teacher
+from clipkit.settings import TeacherConfig, TextTower
 from tests.model.tiny import batch_of, tiny, tiny_resnet
 
 EMA = TeacherConfig(kind="ema")

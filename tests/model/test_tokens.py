@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipkit.config import ImageTower
 from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
@@ -19,6 +18,7 @@ from clipkit.model.spec import custom_spec
 from clipkit.model.tokens import check_tokens, spoken, with_patches, with_words
 from clipkit.model.towers import TimmTower, build_towers
 from clipkit.objective import objective
+from clipkit.settings import ImageTower
 from clipkit.training.accumulate import EmbeddingCache
 from tests.model.tiny import CAPTIONS, RESNET, VISION, batch_of, tiny, tiny_resnet
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from timm.layers.attention_pool2d import AttentionPool2d
 from torch import nn
 
-from clipkit.config import ImageTower, ModelConfig
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.spec import custom_spec
 from clipkit.model.towers import AttentionPool, TimmTower, build_towers, keep_mask, load_timm_weights, trims_exactly
+from clipkit.settings import ImageTower, ModelConfig
 from tests.model.tiny import CAPTIONS, CONTEXT, RESNET, TEXT, VISION, batch_of, tiny, tiny_resnet
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from clipkit.config import ImageTower, ModelConfig, TextTower
 from clipkit.data.batch import Batch
 from clipkit.data.tokenize import Tokenizer
+from clipkit.settings import ImageTower, ModelConfig, TextTower
 
 CONTEXT = 24
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8}

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import config as configuration
-from clipkit.config import AdversaryConfig, Config
+from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.model.dual_encoder import DualEncoder
+from clipkit.settings import AdversaryConfig
 from clipkit.training.adversary import attacked
 from clipkit.training.engine import Engine
 from clipkit.training.loop import train

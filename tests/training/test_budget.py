@@ -15,6 +15,7 @@ from clipkit.data.batch import Batch
 from clipkit.model import dual_encoder
 from clipkit.model.dual_encoder import build
 from clipkit.model.teacher import Teacher
+from clipkit.settings import DataConfig
 from clipkit.training import budget as budget_module
 from clipkit.training.budget import Budget, pairs_indexed
 from clipkit.training.cost import measure, spec_of
@@ -181,4 +182,4 @@ def test_epochs_are_known_where_shards_are_indexed(tiny_shards: str) -> None:
     from clipkit.data.shards import Index
 
     Index.load(tiny_shards)
-    assert pairs_indexed(configuration.DataConfig(train=[tiny_shards])) == 48
+    assert pairs_indexed(DataConfig(train=[tiny_shards])) == 48

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 import clipkit
-from clipkit.config import Config, GuardConfig
+from clipkit.config import Config
 from clipkit.data.mixture import open_data
 from clipkit.errors import UserError
+from clipkit.settings import GuardConfig
 from clipkit.training.checkpoint import Checkpoints
 from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard

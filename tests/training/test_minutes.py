@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from clipkit import config as configuration
-from clipkit.config import GuardConfig
+from clipkit.settings import GuardConfig
 from clipkit.training import guard as guarding
 from clipkit.training.guard import Guard
 from clipkit.training.loop import train

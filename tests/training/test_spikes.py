@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from clipkit import config as configuration
-from clipkit.config import Config, GuardConfig
+from clipkit.config import Config
 from clipkit.data.batch import Batch
 from clipkit.data.mixture import open_data
+from clipkit.settings import GuardConfig
 from clipkit.training import guard as guarding
 from clipkit.training.budget import Budget
 from clipkit.training.engine import Engine

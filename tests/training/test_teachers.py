@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit.config import Config, ModelConfig
+from clipkit.config import Config
 from clipkit.model.dual_encoder import build
 from clipkit.model.load import save
 from clipkit.model.store import embed_shards
 from clipkit.model.teacher import Teacher
+from clipkit.settings import ModelConfig
 from clipkit.training.loop import train
 from tests.training.test_state import losses
 

@@ -36,7 +36,15 @@ from clipkit.model.preprocess import own_preprocess
 from clipkit.model.recompute import recompute_blocks
 from clipkit.model.spec import custom_spec, heads_spec, text_spec
 from clipkit.model.tokens import check_tokens, spoken, with_patches, with_words
-from clipkit.model.towers import RootHead, TimmTower, adapter, build_towers, load_timm_weights, trims_exactly
+from clipkit.model.towers import (
+    DroppedEmbedding,
+    RootHead,
+    TimmTower,
+    adapter,
+    build_towers,
+    load_timm_weights,
+    trims_exactly,
+)
 from clipkit.model.weights import weights_into
 from clipkit.settings import ModelConfig
 
@@ -318,7 +326,9 @@ class DualEncoder(nn.Module):
         order = lengths.argsort(stable=True)
         least = BUCKET_TEXTS_CPU if tokens.device.type == "cpu" else BUCKET_TEXTS
         parts = order.chunk(BUCKETS if len(order) >= least * BUCKETS else 1)
-        features = [encode(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]
+        words = getattr(self.text_tower, "token_embedding", None)
+        with words.one_draw() if isinstance(words, DroppedEmbedding) else nullcontext():
+            features = [encode(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]
         return torch.cat(features)[order.argsort()]
 
     def embed_images(self, images: Sequence[Any] | np.ndarray, batch_size: int = 64) -> Float[Tensor, "n d"]:

@@ -6,6 +6,7 @@ Axes: n pictures or texts, c h w pixels, t tokens, f trunk features, d embedding
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,7 +259,7 @@ class RootHead(nn.Module):
     def forward(self, features: Float[Tensor, "n f"], id: Int64[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
         x = self.norm(features.sign() * features.abs().clamp(min=1e-6).sqrt())
         if self.training and self.rate and id is not None:
-            kept = keep_mask(id[:, None] + 1, x.shape[1], self.rate, int(torch.randint(2**31, ())))
+            kept = keep_mask(id[:, None] + 1, x.shape[1], self.rate, _salt())
             x = x * kept[:, 0] / (1 - self.rate)
         return self.linear(x)
 
@@ -271,6 +272,7 @@ class DroppedEmbedding(nn.Embedding):
     """
 
     rate: float
+    salt: int | None = None
 
     @classmethod
     def like(cls, embedding: nn.Embedding, rate: float) -> DroppedEmbedding:
@@ -284,9 +286,22 @@ class DroppedEmbedding(nn.Embedding):
         out = super().forward(input)
         if not self.training:
             return out
-        salt = int(torch.randint(2**31, ()))
+        salt = _salt() if self.salt is None else self.salt
         kept = keep_mask(input, out.shape[-1], self.rate, salt)
         return out * kept / (1 - self.rate)
+
+    @contextmanager
+    def one_draw(self) -> Iterator[None]:
+        """In this context any number of calls drop what one call with all their texts would."""
+        self.salt = _salt() if self.training else None
+        try:
+            yield
+        finally:
+            self.salt = None
+
+
+def _salt() -> int:
+    return int(torch.randint(2**31, ()))
 
 
 def keep_mask(tokens: Int64[Tensor, "n t"], width: int, rate: float, salt: int) -> Tensor:

@@ -182,10 +182,13 @@ def kill_often(tree: dict, folder: Path, ranks: Callable[[random.Random], int]) 
 
 @pytest.mark.slow
 def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
-    """Two ranks: samples and losses are those of a run left in peace."""
+    """Two ranks: samples, losses and, bit for bit, the last checkpoint are those of a run left in peace."""
     peace, war = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: 2)
     assert samples(war) == samples(peace)
     assert losses(war) == losses(peace)
+    for name in ("model", "teacher", "optimizer"):
+        last = [run / f"checkpoints/step_00000500/{name}.safetensors" for run in (peace, war)]
+        assert last[0].read_bytes() == last[1].read_bytes(), name
 
 
 @pytest.mark.slow

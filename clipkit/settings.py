@@ -159,7 +159,8 @@ class ModelConfig(Section):
     name: str = ""
     """open_clip `NAME`, `NAME:PRETRAINED` or `hf-hub:ORG/NAME`; empty: built from `image`, `text`, `embed_dim`."""
     start: str = ""
-    """Run folder or checkpoint whose weights training starts from."""
+    """Run folder or checkpoint whose weights training starts from; with `text.features` its image tower, if it reads
+    tokens."""
     embed_dim: Positive = 128
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()

@@ -145,6 +145,7 @@ def check_start(config: ModelConfig) -> None:
     folder = checkpoint_at(config.start)
     there = read_model_json(folder)["spec"]
     here = heads_spec(config.heads) | ({} if config.name else custom_spec(config))
+    there, here = _both_towers(there, here)
     if problems := _differences(_flat(there), _flat(here), unnamed=False):
         raise another_architecture(folder, problems)
 
@@ -155,10 +156,22 @@ def differing_settings(there: Spec, here: Spec) -> list[str]:
     That only one side has a head is none.
     """
     both = there.get("heads", {}).keys() & here.get("heads", {}).keys()
-    one, other = (
-        _flat(_with_defaults(spec) | {"heads": {name: spec["heads"][name] for name in both}}) for spec in (there, here)
+    there, here = _both_towers(
+        *(_with_defaults(spec) | {"heads": {name: spec["heads"][name] for name in both}} for spec in (there, here))
     )
-    return _differences(one, other, unnamed=True)
+    return _differences(_flat(there), _flat(here), unnamed=True)
+
+
+def adapts_text(there: Spec, here: Spec) -> bool:
+    """Whether `here` reads stored features of texts where `there` read tokens: its text tower is a new one."""
+    return "features" in here.get("text", {}) and "features" not in there["text"]
+
+
+def _both_towers(there: Spec, here: Spec) -> tuple[Spec, Spec]:
+    """The specs, without what they say of the text tower where that is a new one."""
+    if not adapts_text(there, here):
+        return there, here
+    return tuple({k: v for k, v in spec.items() if k not in ("text", "dropout")} for spec in (there, here))  # type: ignore[return-value]
 
 
 def another_architecture(folder: Path, problems: list[str]) -> UserError:

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 
 from clipkit import distributed
 from clipkit.errors import UserError
-from clipkit.model.spec import WEIGHTS, another_architecture, checkpoint_at, differing_settings, read_model_json
+from clipkit.model.spec import (
+    WEIGHTS,
+    adapts_text,
+    another_architecture,
+    checkpoint_at,
+    differing_settings,
+    read_model_json,
+)
 
 if TYPE_CHECKING:
     from clipkit.model.dual_encoder import DualEncoder
@@ -23,15 +30,17 @@ OPTIONAL = ("heads.tags.", "heads.aspects.")
 def weights_into(model: DualEncoder, path: str | Path) -> None:
     """Copy a checkpoint's weights into a model of the same architecture, in place, keeping the model's types.
 
-    A learned bias and heads that only the model has keep their values; OPTIONAL heads that only the checkpoint has are
-    left behind. Raises UserError naming the first settings or tensors that differ: above all the activation, which no
-    tensor shows.
+    A learned bias and heads that only the model has keep their values, and so does an adapter on stored features where
+    the checkpoint reads tokens; that text tower, and OPTIONAL heads that only the checkpoint has, are left behind.
+    Raises UserError naming the first settings or tensors that differ: above all the activation, which no tensor shows.
     """
     folder = checkpoint_at(path)
-    problems = differing_settings(read_model_json(folder)["spec"], model.spec)
-    state = load_file(folder / WEIGHTS)
+    there = read_model_json(folder)["spec"]
+    problems = differing_settings(there, model.spec)
+    new = ("text_tower.",) if adapts_text(there, model.spec) else ()
     own = model.state_dict()
-    kept = {name: value for name, value in own.items() if name == "bias" or name.startswith("heads.")}
+    kept = {name: value for name, value in own.items() if name == "bias" or name.startswith(("heads.", *new))}
+    state = {name: x for name, x in load_file(folder / WEIGHTS).items() if not new or not name.startswith(new)}
     state = kept | {name: value for name, value in state.items() if name in own or not name.startswith(OPTIONAL)}
     for name in sorted(own.keys() | state.keys()):
         there, here = (list(table[name].shape) if name in table else "missing" for table in (state, own))

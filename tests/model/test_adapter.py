@@ -122,3 +122,25 @@ def test_its_teacher_reads_the_same_features_or_the_tokens(model: DualEncoder, t
     found = Teacher(model, TeacherConfig(kind="frozen", start=str(tmp_path)), 10, roles=("text",)).embed(batch)
     assert found is not None
     torch.testing.assert_close(found.text, other.eval()(batch).text)
+
+
+def test_it_starts_with_the_image_tower_of_a_model_that_reads_tokens(tmp_path: Path):
+    """The other text tower stays behind; the image tower, its head and the scale are taken, and must fit."""
+    torch.manual_seed(1)
+    start = build(tiny(scale=20.0))
+    save(start, tmp_path)
+    torch.manual_seed(0)
+    model, fresh = build(reading(embedder="x").model_copy(update={"start": str(tmp_path)})), build(reading())
+    pixels = batch_of(16).image
+    assert torch.equal(model.eval().encode_image(pixels), start.eval().encode_image(pixels))  # type: ignore[arg-type]
+    assert model.scale.item() == pytest.approx(20.0) and model.text_tower.features == WIDTH
+    assert model.text_tower.state_dict().keys() == fresh.text_tower.state_dict().keys()
+    other = reading().model_copy(update={"start": str(tmp_path), "embed_dim": 8})
+    with pytest.raises(UserError, match="embed_dim: 16 there, 8 here"):
+        build(other)
+
+
+def test_an_adapter_does_not_start_a_model_that_reads_tokens(model: DualEncoder, tmp_path: Path):
+    save(model, tmp_path)
+    with pytest.raises(UserError, match="of another architecture"):
+        build(tiny(start=str(tmp_path)))

@@ -256,5 +256,7 @@ On the generated picture world, under equal conditions, by `clipkit sweep`: each
 tuned here. One seed and 300 steps: too few to learn swaps by negative captions alone (the README's `degla` takes more),
 and most methods differ from `clip` by no more than chance; compare with the intervals. Percent with 95 % intervals;
 seconds are of training, on one thread. `mv_infonce` and `mv_dhel` are content once a picture finds its own crops, and
-forget the captions; `catlip` learns from tags alone, and its pictures leave the captions behind.
+forget the captions; `catlip` learns from tags alone, and its pictures leave the captions behind. `paraclip` had the
+same captions marked as paraphrases; `llm2clip` and `proclip` read stored features, of the start's own text tower in
+place of a language model's, with an adapter that begins fresh.
 """

@@ -21,12 +21,10 @@ def test_the_document_is_up_to_date():
     assert same, "clipkit methods --markdown --sweep docs/measured.json > docs/methods.md"
 
 
-def test_what_was_measured_are_methods_or_says_why_not():
+def test_what_was_measured_are_methods():
     measured = sweep.read(DOCS / "measured.json")["methods"]
     assert measured.keys() <= set(methods.every())
-    assert {name for name, found in measured.items() if not found["runs"]} == {
-        "llm2clip", "paraclip", "proclip_stage1", "proclip_stage2",
-    }  # fmt: skip
+    assert all(found["runs"] for found in measured.values())
 
 
 def test_every_term_belongs_to_a_method():

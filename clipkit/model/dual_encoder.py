@@ -51,8 +51,10 @@ from clipkit.settings import ModelConfig
 TEXTS = ("text", "positive_text", "negative_text")
 """The roles that the text tower encodes."""
 BUCKETS = 4
-"""Parts of like length that a call's texts are encoded in, if each holds enough of them:"""
-BUCKET_TEXTS, BUCKET_TEXTS_CPU = 128, 16
+"""Parts of like length that a call's texts are encoded in, if each holds enough of them."""
+BUCKET_TEXTS, BUCKET_WORK = 128, 2**16
+"""How many are enough; on CPUs, where less fills a product, texts × width × layers. Each part costs a gradient of
+the whole token embedding, which small towers do not earn back (docs/log.md)."""
 TEXTS_AT_ONCE = 2048
 """Texts that `embed_texts` is best given at once: it sorts them by length and encodes them in smaller batches."""
 CPU_PIXELS = 2**19
@@ -320,12 +322,17 @@ class DualEncoder(nn.Module):
             )
         return load(name, self.log_scale.device)
 
+    def _texts_a_part(self, device: torch.device) -> int:
+        if device.type != "cpu":
+            return BUCKET_TEXTS
+        work = self.spec["text"].get("width", 512) * self.spec["text"].get("layers", 12)  # open_clip's defaults
+        return min(BUCKET_TEXTS, BUCKET_WORK // work)
+
     def _by_length(self, tokens: Int64[Tensor, "n t"], encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts of like length at a time: the same values, without most of the padding."""
         lengths = _lengths(tokens)
         order = lengths.argsort(stable=True)
-        least = BUCKET_TEXTS_CPU if tokens.device.type == "cpu" else BUCKET_TEXTS
-        parts = order.chunk(BUCKETS if len(order) >= least * BUCKETS else 1)
+        parts = order.chunk(BUCKETS if len(order) >= self._texts_a_part(tokens.device) * BUCKETS else 1)
         words = getattr(self.text_tower, "token_embedding", None)
         with words.one_draw() if isinstance(words, DroppedEmbedding) else nullcontext():
             features = [encode(tokens[part, : max(1, int(lengths[part[-1]]))]) for part in parts]

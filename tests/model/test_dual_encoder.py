@@ -237,8 +237,9 @@ def test_tower_of_fixed_length_gets_full_tokens():
         model.encode_text(model.tokenizer(["short"])[:, :5])
 
 
-def test_texts_in_parts_by_length_equal_padded_texts(model: DualEncoder):
-    """Value and gradient, with as many texts as are parted on a CPU; the words of CAPTIONS at every length."""
+def test_texts_in_parts_by_length_equal_padded_texts(model: DualEncoder, monkeypatch: pytest.MonkeyPatch):
+    """Value and gradient, with sixteen texts a part, as wide towers have on CPUs; CAPTIONS in pieces of all lengths."""
+    monkeypatch.setattr(dual_encoder, "BUCKET_TEXTS", 16)
     words = " ".join(CAPTIONS).split()
     tokens = model.tokenizer([" ".join(words[start : start + 1 + start % 7]) for start in range(16 * 4)])
     lengths = (tokens.argmax(1) + 1).tolist()

@@ -165,9 +165,7 @@ def tip_adapter(train: Set, validation: Set, test: Set, texts: Float[Tensor, "c 
     return Probed("Tip-Adapter", chosen, tried[alpha, beta], logits(test.x, alpha, beta).argmax(1))
 
 
-def tip_x(
-    train: Set, validation: Set, test: Set, texts: Float[Tensor, "c d"], name: str = "TIP-X"
-) -> Probed:
+def tip_x(train: Set, validation: Set, test: Set, texts: Float[Tensor, "c d"], name: str = "TIP-X") -> Probed:
     """TIP-X without training (SuS-X, arXiv 2211.16198, equations 3 to 6).
 
     Tip-Adapter's logits plus gamma · φ(−KL(p ‖ q)) summed by class, p and q the distributions over classes (softmax of

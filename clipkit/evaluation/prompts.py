@@ -169,8 +169,6 @@ def _still(model: DualEncoder) -> Iterator[None]:
         model.train(mode)
 
 
-def _probed(
-    name: str, settings: dict[str, float], texts: Float[Tensor, "c d"], validation: Set, test: Set
-) -> Probed:
+def _probed(name: str, settings: dict[str, float], texts: Float[Tensor, "c d"], validation: Set, test: Set) -> Probed:
     right = ((validation.x @ texts.T).argmax(1) == validation.y).double().mean()
     return Probed(name, settings, float(right), (test.x @ texts.T).argmax(1))

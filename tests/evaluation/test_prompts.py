@@ -64,7 +64,7 @@ def test_tip_x_is_its_equations():
 
 
 def test_tip_x_uses_its_third_part_where_it_helps(monkeypatch):
-    """With weight on the third part alone a picture gets the class of those whose class distribution is like its own."""
+    """With weight on the third part alone a picture gets the class of those with a class distribution like its own."""
     monkeypatch.setattr(probe, "ALPHAS", (0.0,))
     monkeypatch.setattr(probe, "GAMMAS", (1e4,))
     texts = normalize(torch.eye(3, 6) + 0.1, dim=-1)

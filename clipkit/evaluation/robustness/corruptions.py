@@ -172,7 +172,7 @@ def elastic_transform(x: Pixels, severity: int, rng: Random) -> Pixels:
     height, width = x.shape[:2]
     third = min(height, width) // 3
     centre = np.array([width, height]) // 2
-    before = np.array([centre + third, centre + [third, -third], centre - third], dtype=np.float64)
+    before = np.array([centre + third, centre + np.array([third, -third]), centre - third], dtype=float)
     after = before + rng.uniform(-corner * size, corner * size, (3, 2))
     # Each pixel of the result is fetched from where the inverse map says.
     back = np.linalg.solve(np.c_[after, np.ones(3)], before).T
@@ -243,7 +243,7 @@ def _trace(radius: int, sigma: float, angle: float) -> Float[Array, "k k"]:
 
 def _zoomed(x: Float[Array, "h w c"], factor: float) -> Float[Array, "h w c"]:
     """The middle, enlarged to the same size."""
-    theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]])
+    theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]], dtype=torch.float32)
     planes = _planes(x)[None]
     grid = affine_grid(theta, list(planes.shape), align_corners=True)
     return grid_sample(planes, grid, padding_mode="border", align_corners=True)[0].numpy().transpose(1, 2, 0)
@@ -253,7 +253,9 @@ def _fetched(x: Pixels, from_x: Float[Array, "h w"], from_y: Float[Array, "h w"]
     """The pixels at these places, mirrored beyond the edges."""
     height, width = x.shape[:2]
     grid = np.stack([2 * from_x / (width - 1) - 1, 2 * from_y / (height - 1) - 1], axis=-1)
-    found = grid_sample(_planes(x)[None], torch.from_numpy(grid).float()[None], padding_mode="reflection", align_corners=True)
+    found = grid_sample(
+        _planes(x)[None], torch.from_numpy(grid).float()[None], padding_mode="reflection", align_corners=True
+    )
     return found[0].numpy().transpose(1, 2, 0)
 
 

@@ -77,15 +77,15 @@ def extremes(
         name: {"worse": _worse(credits, mask, table), "auroc": _area(pairs, mask, table, tie)}
         for name, mask in masks.items()
     }
-    metrics = {f"{score}/micro": _metric(*found, int(everyone.sum())) for score, found in whole.items()}
+    metrics = {f"{score}/micro": _metric(score, *found, int(everyone.sum())) for score, found in whole.items()}
     if len(parts) > 1:
         for score in whole:
             values, draws = zip(*(part[score] for part in parts.values()), strict=True)
             shortest = min(map(len, draws))
             mean = np.mean([line[:shortest] for line in draws], axis=0)
-            metrics[f"{score}/macro"] = _metric(float(np.mean(values)), mean, int(everyone.sum()))
+            metrics[f"{score}/macro"] = _metric(score, float(np.mean(values)), mean, int(everyone.sum()))
     by = {
-        name: {score: _metric(*found, int(masks[name].sum())) for score, found in part.items()}
+        name: {score: _metric(score, *found, int(masks[name].sum())) for score, found in part.items()}
         for name, part in parts.items()
     }
     return metrics, by
@@ -106,7 +106,7 @@ def _area(pairs: Pairs, mask: Bool[Array, " n"], table: Table, tie: Tie) -> tupl
     return value, binary_auroc(s, labels, table.resampler.rows(numbers), tie=tie)
 
 
-def _metric(value: float, draws: Float[Array, " b"], n: int) -> Metric:
+def _metric(score: str, value: float, draws: Float[Array, " b"], n: int) -> Metric:
     draws = draws[~np.isnan(draws)]
     bounds = interval(draws) if len(draws) and np.ptp(draws) else wilson(value * n, n)
-    return Metric(value, *bounds, n, 0.5)
+    return Metric(value, *bounds, n, 0.5 if score == "auroc" else None)

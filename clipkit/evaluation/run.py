@@ -118,7 +118,7 @@ def survey(benchmark: Benchmark, roots: Roots) -> Survey:
     """Read a benchmark and count; pictures that rows name may be missing. Raises UserError as reading does."""
     if benchmark.kind != "compositional":
         task = PREPARE[benchmark.kind](benchmark, roots)
-        pictures = len(set(task.pictures))
+        pictures = len({picture._replace(change="") for picture in task.pictures})
         return Survey(pictures, pictures, 0, len(set(task.texts)))
     rows = [row for row in data.read_rows(benchmark, roots) if row.valid]
     pictures, absent, problem = compositional.look_for_pictures(rows, roots)

@@ -18,7 +18,8 @@ from clipkit.evaluation.stats import Pools, Resampler, mean_interval
 
 Array = np.ndarray
 JUDGED = ("p_right", "p_wrong", "judged")
-"""Scores at a threshold. Chance: any share can be said to fit; a half of each is what their mean then is."""
+"""Scores at a threshold. Whoever says everything fits has the first right and the second wrong: only `judged`, their
+mean, has a chance."""
 Credits = dict[str, Float[Array, " n"]]
 """Score -> credit of every row, nan where the score does not suit the row."""
 
@@ -137,7 +138,9 @@ class Table:
         wanted = main if score == "accuracy" else score
         if wanted == main and row.category in self.benchmark.chance:
             return self.benchmark.chance[row.category]
-        return majority if wanted == "binary" else 0.5 if wanted in JUDGED else chance(form, wanted)
+        if wanted in JUDGED:
+            return 0.5 if wanted == "judged" else float("nan")
+        return majority if wanted == "binary" else chance(form, wanted)
 
     def _of(self, field: str, value: str) -> Bool[Array, " n"]:
         return self._field(field).get(value, np.zeros(len(self.rows), dtype=bool))
@@ -161,7 +164,8 @@ class Table:
 
 def _metric(credit: Array, pools: Pools, guess: Array, resampler: Resampler) -> Metric:
     n = int(np.logical_or.reduce([mask for _, mask in pools]).sum())
-    return Metric(*mean_interval(credit, pools, resampler), n, mean(guess, pools))
+    luck = mean(guess, pools)
+    return Metric(*mean_interval(credit, pools, resampler), n, None if np.isnan(luck) else luck)
 
 
 def mean(values: Float[Array, " n"], pools: Pools) -> float:

@@ -4,7 +4,8 @@
 
 T is the zero-shot classifier, s the model's scale. The pixels are those the tower reads, after resizing. A picture
 counts as known if it is so at the beginning and after every step: what the attack has once found stands, so that more
-steps never make a model look better. The first step starts from the picture itself. Axes: n pictures, c classes, s side.
+steps never make a model look better. The first step starts from the picture itself.
+Axes: n pictures, c classes, s side.
 """
 
 from __future__ import annotations

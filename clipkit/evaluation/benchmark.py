@@ -93,10 +93,10 @@ class Corruptions(Section):
 class Attack(Section):
     """Pictures moved against the model, within a bound (clipkit/evaluation/robustness/attacked.py)."""
 
-    eps: float = Field(1.0, ge=0)
+    eps: Annotated[float, Field(ge=0)] = 1.0
     """How far a value may move, of 255."""
-    step_size: float = Field(1.0, gt=0)
-    steps: int = Field(10, ge=1)
+    step_size: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=1)] = 10
 
 
 class Download(Section):
@@ -163,7 +163,7 @@ class Benchmark(Section):
     """Robustness, of captions: two kinds of captions (empty: each picture's first two) that should find the same."""
     languages: list[str] = []
     """Robustness, of captions: the kinds of captions that are languages."""
-    per_class: int = Field(0, ge=0)
+    per_class: Annotated[int, Field(ge=0)] = 0
     """Robustness, of pictures with classes: a seeded choice of so many a class; 0: all."""
 
     _origin: Path | None = None

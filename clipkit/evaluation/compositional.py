@@ -21,7 +21,7 @@ from clipkit.evaluation.judged import Pairs, decide, extremes
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Roots
 from clipkit.evaluation.scores import SCORES, Pattern, Tie, binary, binary_auroc, main_score, pattern, tot
-from clipkit.evaluation.stats import interval, wilson
+from clipkit.evaluation.stats import deranged, interval, wilson
 from clipkit.evaluation.table import Credits, Table
 
 Array = np.ndarray
@@ -120,7 +120,7 @@ class Compositional:
             "text_prior": ("the text nearest to the mean picture is right", partial(similarity, prior, texts)),
             "shuffled_pictures": (
                 "the model, shown other pictures of the benchmark",
-                partial(similarity, images[_deranged(len(images))], texts),
+                partial(similarity, images[deranged(len(images))], texts),
             ),
         }
         return {name: {"title": title} | self._blind(table, of) for name, (title, of) in kinds.items()}
@@ -282,14 +282,6 @@ def _choice(match: Pattern, s: Float[Array, "i t"], correct: float) -> list[int]
 def _of_text(values: Float[Array, " q"], i: Int[Array, "r i"], t: Int[Array, "r t"]) -> Float[Array, "r i t"]:
     """A similarity that looks at the text alone."""
     return np.repeat(values[t][:, None, :], i.shape[1], axis=1)
-
-
-def _deranged(n: int) -> Int[Array, " n"]:
-    """A seeded permutation that leaves nothing in its place (if n > 1)."""
-    order = np.random.default_rng(0).permutation(n)
-    other = np.empty(n, dtype=int)
-    other[order] = np.roll(order, 1)
-    return other
 
 
 def _numbered(items: Iterable[Hashable]) -> dict[Hashable, int]:

@@ -118,7 +118,8 @@ class Prompts:
             own = vectors.to(words.dtype).expand(len(words), -1, -1)
             return torch.cat([words[:, :1], own, words[:, 1 + self.vectors :]], 1)
 
-        handle = self.model.text_tower.token_embedding.register_forward_hook(put)
+        words: Any = self.model.text_tower.token_embedding
+        handle = words.register_forward_hook(put)
         try:
             return self.model.encode_text(self.tokens)
         finally:

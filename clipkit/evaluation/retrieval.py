@@ -22,7 +22,7 @@ from clipkit.evaluation.geometry import alignment, modality_gap, uniformity
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Roots, split_reference
 from clipkit.evaluation.scores import Tie
-from clipkit.evaluation.stats import Resampler, interval, mean_interval, median
+from clipkit.evaluation.stats import Resampler, deranged, interval, mean_interval, median
 
 Array = np.ndarray
 KS = (1, 5, 10)
@@ -87,6 +87,7 @@ class Retrieval:
             headline=top,
             metrics=metrics,
             by_category={},
+            baselines=self._baselines(images, texts),
             tie={"policy": tie, "rule": rule, "rate": rates[top.partition("/")[0]], "by_score": rates},
             coverage=self.coverage,
             details={
@@ -102,6 +103,22 @@ class Retrieval:
             examples=self._examples(t2i, i2t, embedder, rule),
             protocol={"captions_sha256": digest(repr([(n, *self._captions(i)) for i, n in enumerate(names)]))},
         )
+
+    def _baselines(self, images: Float[Array, "p d"], texts: Float[Array, "u d"]) -> dict[str, Any]:
+        """Retrieval without looking at the picture, ties as coin tosses."""
+        kinds = {
+            "text_prior": ("the text nearest to the mean picture", np.broadcast_to(images.mean(0), images.shape)),
+            "shuffled_pictures": ("the model, shown other pictures of the benchmark", images[deranged(len(images))]),
+        }
+        found = {}
+        for name, (title, shown) in kinds.items():
+            ranks = {
+                "t2i": _taken(rank(texts, shown, self.match.T), self.written),
+                "i2t": rank(shown, texts, self.match),
+            }
+            values = {f"{d}/r{k}": float(r.credit(k, "half").mean()) for d, r in ranks.items() for k in KS}
+            found[name] = {"title": title, "metrics": values, "by_category": {}}
+        return found
 
     def _captions(self, picture: int) -> list[str]:
         return [self.texts[w] for w in self.written[self.owner == picture]]

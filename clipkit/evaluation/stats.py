@@ -211,3 +211,11 @@ def halves(clusters: Sequence[str], seed: int = 0) -> Int[Array, " n"]:
     names, codes = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     side = np.random.default_rng(seed).permutation(len(names)) % 2
     return side[codes]
+
+
+def deranged(n: int) -> Int[Array, " n"]:
+    """A seeded permutation that leaves nothing in its place (if n > 1)."""
+    order = np.random.default_rng(0).permutation(n)
+    other = np.empty(n, dtype=int)
+    other[order] = np.roll(order, 1)
+    return other

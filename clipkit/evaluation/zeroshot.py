@@ -24,7 +24,7 @@ from clipkit.evaluation.geometry import calibration
 from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Folder, Roots, split_reference
 from clipkit.evaluation.scores import Tie
-from clipkit.evaluation.stats import Z95, wilson
+from clipkit.evaluation.stats import Z95, deranged, wilson
 
 Array = np.ndarray
 
@@ -67,6 +67,7 @@ class ZeroShot:
             metrics=metrics,
             by_category=self._by_class(first),
             breakdowns=self._by_place(first),
+            baselines=self._baselines(images, classifier),
             tie={"policy": tie, "rule": rule, "rate": float(((equal > 0) & (better == 0)).mean()), "by_score": {}},
             coverage=self.coverage,
             details={
@@ -83,6 +84,26 @@ class ZeroShot:
         classes = len(self.prompts)
         metrics = {"top1": share(first, 1 / classes), "mean_per_class": mean_per_class(first, self.labels, classes)}
         return metrics | ({"top5": share(five, 5 / classes)} if classes > 5 else {})
+
+    def _baselines(self, images: Float[Array, "n d"], classifier: Float[Array, "c d"]) -> dict[str, Any]:
+        """Accuracy without looking at the picture, ties as coin tosses."""
+        kinds = {
+            "text_prior": ("the class nearest to the mean picture", np.broadcast_to(images.mean(0), images.shape)),
+            "shuffled_pictures": ("the model, shown other pictures of the benchmark", images[deranged(len(images))]),
+        }
+        found = {}
+        for name, (title, shown) in kinds.items():
+            s = _cosines(shown, classifier)
+            own = s[np.arange(len(s)), self.labels]
+            better, equal = (s > own[:, None]).sum(1), (s == own[:, None]).sum(1) - 1
+            first, five = _credit(better, equal, 1, "half"), _credit(better, equal, 5, "half")
+            by_class = {
+                label: {score: metric.value for score, metric in scores.items()}
+                for label, scores in self._by_class(first).items()
+            }
+            values = {key: metric.value for key, metric in self._metrics(first, five).items()}
+            found[name] = {"title": title, "metrics": values, "by_category": by_class}
+        return found
 
     def _by_class(self, first: Float[Array, " n"]) -> dict[str, dict[str, Metric]]:
         return {

@@ -313,7 +313,7 @@ def test_vg_relation_crops_and_counts(tmp_path: Path):
     source = write_json(tmp_path / "visual_genome_relation.json", items)
     convert("vg_relation", source, tmp_path, excluded=str(write_json(tmp_path / "out.json", ["near"])))
     task = task_of("vg_relation", tmp_path)
-    assert task.pictures == [("visual_genome", "7.jpg", (5, 0, 496, 20))]
+    assert task.pictures == [("visual_genome", "7.jpg", (5, 0, 496, 20), "")]
     metrics = task.score(Named(Random()), "official").metrics  # type: ignore[arg-type]
     assert (metrics["i2t/relations"].n, metrics["i2t/notebook"].n) == (3, 2)
     convert("vg_relation", source, tmp_path)

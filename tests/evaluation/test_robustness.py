@@ -7,6 +7,7 @@ import itertools
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,7 +301,7 @@ NAMES = ["world_corrupted", "world_outside", "world_paraphrases"]
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    sizes = {"pictures": 10, "dev_pictures": 40, "eval_rows": 1, "zeroshot_pictures": 42, "size": 32}
+    sizes: dict[str, Any] = {"pictures": 10, "dev_pictures": 40, "eval_rows": 1, "zeroshot_pictures": 42, "size": 32}
     build_world(folder / "world", **sizes, workers=1, progress=False)
     return {"*": folder}
 

@@ -123,7 +123,7 @@ class Corrupted:
         self, embedder: Embedder, credit: Float[Array, "v n"], s: Float[Array, "v n c"]
     ) -> list[dict[str, Any]]:
         """Of the pictures known when clean, what became of them."""
-        known_before = np.flatnonzero(credit[0] == 1)
+        known_before = np.flatnonzero(credit[0] == 1).tolist()
         places = [(v, n) for n in known_before for v in range(1, len(credit))]
         chosen = shown([credit[place] for place in places])
         changes, out = self._changes(), []

@@ -97,7 +97,7 @@ class Outside:
         )
 
     def _scales(self, embedder: Embedder) -> dict[str, float]:
-        scale = getattr(embedder.model, "scale", 100.0)
+        scale: Any = getattr(embedder.model, "scale", 100.0)
         return {"mcm": 1.0, "softmax": float(scale.detach() if hasattr(scale, "detach") else scale)}
 
     def _examples(

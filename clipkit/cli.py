@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, negatives, planning, probes, runs
+from clipkit.commands import data, evaluation, export, launch, negatives, planning, probes, runs
 from clipkit.errors import PeerFailed, Stopped, UserError
 
 
@@ -52,6 +52,7 @@ app = _group(
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
         "merge": evaluation.merge,
+        "export": export.export,
         "probe": probes.probe,
         "sweep": runs.sweep,
         "methods": runs.list_methods,

@@ -17,11 +17,14 @@ from clipkit.errors import UserError
 from clipkit.model.convert import from_transformers
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
-from clipkit.model.spec import MODEL, WEIGHTS, find_checkpoint, read_model_json
+from clipkit.model.spec import MODEL, WEIGHTS, checkpoint_at, find_checkpoint, read_model_json
 from clipkit.model.towers import build_towers
-from clipkit.model.weights import weights_into
+from clipkit.model.weights import OPTIONAL, weights_into
 
-__all__ = ["build", "load", "load_checkpoint", "save", "weights_into"]
+__all__ = ["build", "load", "load_checkpoint", "load_teacher", "save", "weights_into"]
+
+TEACHER, STATE = "teacher.safetensors", "state.json"
+"""What a run's checkpoint holds beside the model: of a moving average its weights; the config, among other things."""
 
 
 def save(model: DualEncoder, folder: str | Path, **extra: Any) -> None:
@@ -118,3 +121,25 @@ def load_checkpoint(folder: str | Path) -> DualEncoder:
     model = DualEncoder(parts, scale_max=about["scale_max"])
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model
+
+
+def load_teacher(ref: str | Path) -> DualEncoder:
+    """The moving average in a run's newest checkpoint, or in a checkpoint, as a model, on the CPU in eval mode.
+
+    Raises UserError where the checkpoint has no such teacher, or one without a tower that no term looked at.
+    """
+    folder = checkpoint_at(ref)
+    file, state = folder / TEACHER, folder / STATE
+    if not file.is_file() or not state.is_file():
+        raise UserError(f"{folder}: holds no teacher with weights of its own (teacher.kind: ema)")
+    config, own = json.loads(state.read_text())["config"], load_file(file)
+    if config["teacher"]["kind"] != "ema":
+        raise UserError(f"{folder}: its teacher is {config['teacher']['kind']}, no average of the student's weights")
+    model = load_checkpoint(folder)
+    locked = model.lock(image=config["model"]["lock_image"], text=config["model"]["lock_text"]).locked_towers()
+    shared = {id(x) for tower in locked for x in (*tower.parameters(), *tower.buffers())}
+    absent = [name for name, x in model.state_dict(keep_vars=True).items() if name not in own and id(x) not in shared]
+    if absent := [name for name in absent if not name.startswith(OPTIONAL)]:
+        raise UserError(f"{file}: has no {absent[0].partition('.')[0]}, which no term of its run asked a teacher for")
+    model.load_state_dict(own, strict=False)
+    return model.lock().eval()

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -112,7 +113,7 @@ class Embedder:
 
 
 def encode_pictures(
-    model: Model, items: list[Item], load: Callable[[Item], Image.Image], batch_size: int, threads: int = 4
+    model: Model, items: Iterable[Item], load: Callable[[Item], Image.Image], batch_size: int, threads: int = 4
 ) -> Iterator[Float[Array, "n d"]]:
     """Unit embeddings batch by batch; a few threads load pictures ahead of the model."""
     with ThreadPoolExecutor(threads) as pool:
@@ -132,12 +133,14 @@ def _unit(rows: Any, n: int, what: str) -> Float[Array, "n d"]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    waiting = iter(items)
+    while batch := list(islice(waiting, size)):
+        yield batch
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, load: Callable[[Item], Image.Image], items: list[Item], size: int
+    pool: ThreadPoolExecutor, load: Callable[[Item], Image.Image], items: Iterable[Item], size: int
 ) -> Iterator[list[Image.Image]]:
     """Loaded batches; two more are always on their way."""
     waiting: deque[list[Future[Image.Image]]] = deque()
@@ -149,8 +152,8 @@ def _ahead(
         yield [future.result() for future in waiting.popleft()]
 
 
-def watched(parts: Iterable[Array], total: int, title: str, show: bool) -> Iterator[Array]:
-    """The parts, with a bar and the time left on the terminal of the first rank."""
+def watched(parts: Iterable[Array], total: int | None, title: str, show: bool) -> Iterator[Array]:
+    """The parts, with a bar and (where a total is known) the time left on the terminal of the first rank."""
     from clipkit.distributed import is_main
 
     if not (show and is_main() and sys.stderr.isatty()):

@@ -195,11 +195,16 @@ def merge(
     benchmark: Names = None,
     root: Roots = None,
     allow_missing: Missing = False,
+    most_loss: Annotated[
+        float | None, typer.Option(metavar="POINTS", min=0, help="Choose by composition, with no more zero-shot loss.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Merge models of one architecture by their weights.
 
     Two models at several shares (WiSE-FT), or a soup; with benchmarks, a table and a report of what each scores.
+    With zero-shot and compositional ones it is the Pareto sweep: loss of the one and gain of the other against the
+    first. --most-loss names the model that composes best among those that lose no more zero-shot accuracy.
     """
     if (soup == "greedy") != (held_out is not None):
         raise UserError("--soup greedy and --held-out NAME belong together")
@@ -215,17 +220,22 @@ def merge(
         made = merge.greedy_soup(models, held_out, out, on)
     else:
         made = merge.interpolate(models[0], models[1], shares, out, on)
+    chosen = merge.choice(made, most_loss / 100) if most_loss is not None else None
     if json_path:
         scores = [{r.benchmark: asdict(r.score) | {"metric": r.headline} for r in one.results} for one in made]
         write_json(
             [
                 {"model": one.name, "folder": str(one.folder), "shares": one.shares, "scores": found}
+                | ({"point": asdict(one.point)} if one.point else {})
+                | ({"chosen": one is chosen} if chosen else {})
                 for one, found in zip(made, scores, strict=True)
             ],
             json_path,
         )
     if json_path != STDOUT:
         print_table(*merge.rows(made))
+        if chosen:
+            print(f"chosen, with at most {most_loss:g} points of zero-shot loss: {chosen.name}, {chosen.folder}")
 
 
 def _shares(text: str) -> list[float]:

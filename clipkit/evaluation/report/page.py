@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 
+from clipkit.evaluation import pareto
 from clipkit.evaluation.report import charts, examples, lines, protocol, training
 from clipkit.evaluation.report.lines import Line
 from clipkit.evaluation.report.runs import Compared, Run, compare
@@ -112,7 +112,7 @@ def _tradeoff(benchmarks: Sequence[Compared], names: Sequence[str]) -> Html | No
     axes = [[b for b in full if b.any.kind == kind] for kind in ("zeroshot", "compositional")]
     if not all(axes) or len(names) == 1:
         return None
-    points = [(_mean(axes[0], run), _mean(axes[1], run)) for run in range(len(names))]
+    points = [_means_of(axes, run) for run in range(len(names))]
     said = [f"{listed([b.any.title for b in axis])}" for axis in axes]
     text = (
         f"To the right: zero-shot accuracy, the mean of {said[0]}. "
@@ -123,9 +123,10 @@ def _tradeoff(benchmarks: Sequence[Compared], names: Sequence[str]) -> Html | No
     picture = charts.scatter(
         "Zero-shot against compositional accuracy", ("zero-shot →", "compositional ↑"), points, names
     )
+    places = [pareto.Point(x.value, y.value) for x, y in points]
     heads = ["run", "zero-shot", "compositional", "zero-shot changes", "compositional changes", "beaten by"]
     rows = [
-        [names[run], *_means(points, run), _said([n for n, p in zip(names, points) if _beats(p, points[run])])]
+        [names[run], *_means(points, run), _said([n for n, p in zip(names, places) if p.beats(places[run])])]
         for run in range(len(names))
     ]
     figures = table(f"Means in percent; changes against {names[0]} in points", heads, rows)
@@ -143,10 +144,9 @@ def _said(names: Sequence[str]) -> str:
     return listed(names) if names else "none"
 
 
-def _beats(one: Sequence[Metric], other: Sequence[Metric]) -> bool:
-    """Whether it is better in one way and no worse in the other."""
-    pairs = [(a.value, b.value) for a, b in zip(one, other)]
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+def _means_of(axes: Sequence[Sequence[Compared]], run: int) -> tuple[Metric, Metric]:
+    recognition, composition = ([result for b in axis if (result := b.results[run])] for axis in axes)
+    return pareto.mean(recognition), pareto.mean(composition)
 
 
 def _reliability(benchmark: Compared, names: Sequence[str]) -> Html | None:
@@ -165,13 +165,6 @@ def _reliability(benchmark: Compared, names: Sequence[str]) -> Html | None:
     )
     picture = charts.reliability([(run, one["bins"]) for run, one in found], names)
     return join(el("h3", "Calibration"), el("div", picture, el("p", text, class_="quiet"), class_="beside"))
-
-
-def _mean(benchmarks: Sequence[Compared], run: int) -> Metric:
-    scores = [result.score for b in benchmarks if (result := b.results[run])]
-    value = sum(score.value for score in scores) / len(scores)
-    half = math.sqrt(sum(((score.high - score.low) / 2) ** 2 for score in scores)) / len(scores)
-    return Metric(value, max(0.0, value - half), min(1.0, value + half), sum(score.n for score in scores))
 
 
 def _benchmark(benchmark: Compared, names: Sequence[str]) -> Html:

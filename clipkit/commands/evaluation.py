@@ -30,20 +30,24 @@ def evaluate(
     allow_missing: Missing = False,
     tie: Tie = "official",
     no_start: Annotated[bool, typer.Option("--no-start", help="Leave out the model that a run started from.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep embeddings; a second call goes on from them.")] = False,
 ) -> None:
     """Score a model on benchmarks.
+
+    MODEL may also be FILE.py:FUNCTION that returns one (examples/own_model.py), or a transformers folder of two towers.
+    --cache keeps embeddings in $CLIPKIT_CACHE/embeddings, by the model's weights and what pictures and texts hold.
 
     Of a run that began from another model, that one too: RUN/start/results, and the differences in RUN/forgetting.json.
     """
     if not suite and not benchmark:
         raise UserError("name a --suite or a --benchmark; `clipkit bench list` shows them")
     from clipkit.evaluation.forgetting import differences, run_of, start_of
+    from clipkit.evaluation.own import open_model
     from clipkit.evaluation.run import evaluate
-    from clipkit.model.load import load
 
     def score(reference: str, folder: Path | None) -> list[Any]:
         return evaluate(
-            load(reference),
+            open_model(reference),
             suite=suite,
             benchmarks=benchmark,
             roots=pairs(root, "--root"),
@@ -52,6 +56,7 @@ def evaluate(
             tie=tie,
             model_name=reference,
             show=json_path != STDOUT,
+            cache=cache,
         )
 
     run = run_of(model)
@@ -114,8 +119,8 @@ def zeroshot(
     """
     if sum(given is not None for given in (classes, classes_file, dataset)) != 1:
         raise UserError("give one of --classes A,B,..., --classes-file FILE, --dataset NAME")
+    from clipkit.evaluation.own import open_model
     from clipkit.evaluation.zeroshot import Answers, each
-    from clipkit.model.load import load
 
     if out and json_path:
         raise UserError("--out and --json: give one of them")
@@ -125,7 +130,7 @@ def zeroshot(
         names, own = _classes_of(dataset)
         prompts = templates or own
     progress, given = sys.stderr.isatty(), _with_stdin(images)
-    answers = Answers(load(model), names, prompts, top=top, none_below=none_below)
+    answers = Answers(open_model(model), names, prompts, top=top, none_below=none_below)
     if calibrate:
         from clipkit.evaluation.labelled import read_labelled
 

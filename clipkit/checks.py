@@ -94,6 +94,19 @@ def cross_check(config: Config) -> list[str]:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    problems += _check_stop(config)
+    return problems
+
+
+def _check_stop(config: Config) -> list[str]:
+    """What is wrong with ending the run early."""
+    stop, problems = config.stop, []
+    if stop.metric and not config.evaluate_every:
+        problems.append("stop.metric needs evaluate_every: samples between two evaluations")
+    if stop.most_loss < 1 and stop.metric != "pareto":
+        problems.append(f'stop.most_loss: belongs to stop.metric: pareto, got "{stop.metric}"')
+    if stop.least and not stop.metric:
+        problems.append("stop.least: belongs to stop.metric, which is empty")
     return problems
 
 

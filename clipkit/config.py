@@ -26,6 +26,7 @@ from clipkit.settings import (
     OptimConfig,
     Positive,
     Section,
+    StopConfig,
     TeacherConfig,
 )
 
@@ -68,6 +69,7 @@ class Config(Section):
     """Samples between two evaluations while training; 0: none."""
     suite: str = ""
     """Benchmarks run by the evaluation hook: a suite name or file (eval/suites.yaml)."""
+    stop: StopConfig = StopConfig()
     roots: dict[str, str] = {}
     """Where benchmark sources lie: `source: path`."""
 

@@ -252,6 +252,20 @@ class GuardConfig(Section):
     """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
 
 
+class StopConfig(Section):
+    """Ending a run when its evaluations (`evaluate_every`) no longer get better; the best weights stay in best/."""
+
+    metric: str = ""
+    """A benchmark of `suite` (its headline), BENCHMARK:METRIC, or `pareto`: the means of zero-shot and of compositional
+    headlines, where an evaluation is better when no earlier one has as much of both. Empty: no run ends early."""
+    patience: Positive = 3
+    """Evaluations in a row that are no better after which the run ends. The first is made before the first step."""
+    least: Share = 0.0
+    """By how much (0.01: one point) an evaluation must be above an earlier one to be better."""
+    most_loss: Share = 1.0
+    """With `pareto`: zero-shot accuracy that a better one may have lost against the first (0.01: one point)."""
+
+
 class AdversaryConfig(Section):
     """Training on pictures that are moved against the model in every step (TeCoA); off unless `eps` is above 0."""
 

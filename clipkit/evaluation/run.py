@@ -18,6 +18,7 @@ from clipkit.evaluation.benchmark import Benchmark
 from clipkit.evaluation.embed import Embedder, Model
 from clipkit.evaluation.result import Result, Task
 from clipkit.evaluation.roots import EVERYWHERE, Roots
+from clipkit.evaluation.store import Store
 
 PREPARE = {"compositional": compositional.prepare, "zeroshot": zeroshot.prepare, "retrieval": retrieval.prepare}
 """Kind -> how its data is found and read; the task it returns scores itself."""
@@ -35,19 +36,23 @@ def evaluate(
     *,
     batch_size: int = 64,
     show: bool = True,
+    cache: bool | str | Path = False,
 ) -> list[Result]:
     """Run a suite, or benchmarks by name or YAML path, and return one Result each.
 
     `roots`: source -> folder, tar or glob of tars; under "*" a folder that holds the others. `out`: folder for
     <benchmark>.json. Every picture and text is embedded once, shared over the ranks; every rank gets the results, the
-    first one writes and (`show`) prints. Raises one UserError for everything that is missing, unless `allow_missing`.
+    first one writes and (`show`) prints. `cache`: keep embeddings on disk, in that folder or (True) in
+    $CLIPKIT_CACHE/embeddings, so that a call that was interrupted, or is made again, goes on from there. Raises one
+    UserError for everything that is missing, unless `allow_missing`.
     """
     from clipkit.distributed import is_main
 
     chosen = [data.load(name) for name in _names(suite, benchmarks)]
     places = Roots(roots)
     tasks = _prepared(chosen, places, allow_missing)
-    embedder = Embedder(model, places, batch_size=batch_size, progress=show)
+    store = Store(model, None if cache is True else Path(cache)) if cache else None
+    embedder = Embedder(model, places, batch_size=batch_size, progress=show, store=store)
     # All at once: one progress bar with an honest time left, and like lengths together across benchmarks.
     embedder.pictures([picture for task in tasks for picture in task.pictures])
     embedder.texts([text for task in tasks for text in task.texts])

@@ -29,6 +29,9 @@ def evaluate(
     json_path: Json = None,
     allow_missing: Missing = False,
     tie: Tie = "official",
+    trained_on: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Pictures it has seen (names, JSON, shards): split by them.")
+    ] = None,
     no_start: Annotated[bool, typer.Option("--no-start", help="Leave out the model that a run started from.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Keep embeddings; a second call goes on from them.")] = False,
 ) -> None:
@@ -55,6 +58,7 @@ def evaluate(
             allow_missing=allow_missing,
             tie=tie,
             model_name=reference,
+            trained_on=trained_on,
             show=json_path != STDOUT,
             cache=cache,
         )
@@ -76,7 +80,7 @@ def evaluate(
             print_table(FORGETTING, [_forgotten(line) for line in found], f"against its start, {start}")
 
 
-FORGETTING = ["benchmark", "metric", "start", "now", "difference", "95 %", "p"]
+FORGETTING = ["benchmark", "metric", "start", "now", "difference", "95 %", "p", "detects"]
 
 
 def _forgotten(line: dict[str, Any]) -> tuple[str, ...]:
@@ -91,6 +95,7 @@ def _forgotten(line: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * line['difference']:+.1f}",
         f"{100 * line['low']:+.1f} to {100 * line['high']:+.1f}" if tested else "",
         "" if line["p"] is None else f"{line['p']:.2g}",
+        "" if line["detectable"] is None else f"{100 * line['detectable']:.1f}",
     )
 
 

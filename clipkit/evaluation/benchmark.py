@@ -50,6 +50,8 @@ class Mean(Section):
     """With `over`: values with fewer rows are left out."""
     exclude: list[str] = []
     """With `over` and `together`: values left out."""
+    whole: bool = True
+    """With `together`: values with fewer rows than the largest are left out."""
 
     @model_validator(mode="after")
     def _one(self) -> Mean:
@@ -61,8 +63,8 @@ class Mean(Section):
 class Official(Section):
     """How the benchmark's own authors score it."""
 
-    tie: Literal["strict", "lenient", "half"] = "strict"
-    """Equal scores count as wrong, right, or a coin toss among the tied."""
+    tie: Literal["strict", "lenient", "half", "first", "last"] = "strict"
+    """Equal scores count as wrong, right, a coin toss among the tied, or (compositional) go to the first or last."""
     headline: str = ""
     """The metric that stands for the benchmark, `score/aggregate` (`i2t/macro`); default: of the rows' form."""
     note: str = ""
@@ -80,6 +82,23 @@ class Reference(Section):
     source: str
 
 
+class Corruptions(Section):
+    """Pictures made worse, the fifteen ways of ImageNet-C (clipkit/evaluation/robustness/corruptions.py)."""
+
+    kinds: list[str] = []
+    """Default: all fifteen."""
+    severities: Annotated[list[Annotated[int, Field(ge=1, le=5)]], Field(min_length=1)] = [1, 2, 3, 4, 5]
+
+
+class Attack(Section):
+    """Pictures moved against the model, within a bound (clipkit/evaluation/robustness/attacked.py)."""
+
+    eps: float = Field(1.0, ge=0)
+    """How far a value may move, of 255."""
+    step_size: float = Field(1.0, gt=0)
+    steps: int = Field(10, ge=1)
+
+
 class Download(Section):
     """Annotations that plain addresses serve; `clipkit bench get` fetches and converts them."""
 
@@ -93,7 +112,7 @@ class Benchmark(Section):
     """One file of `eval/`."""
 
     name: str
-    kind: Literal["compositional", "zeroshot", "retrieval"]
+    kind: Literal["compositional", "zeroshot", "retrieval", "robustness"]
     version: str
     title: str
     about: str = ""
@@ -111,6 +130,8 @@ class Benchmark(Section):
     """Compositional: JSONL files (also .gz), `source:path` or beside the YAML file."""
     sha256: dict[str, str] = {}
     """Row file as written in `rows` -> its SHA-256; a mismatch is an error."""
+    thresholds: bool = False
+    """Compositional: also judge each half of a pair by itself, at a threshold fitted on other rows (VALSE's acc)."""
     prefix: str = ""
     """Put before every text ("a photo of ")."""
     aggregates: dict[str, Names | Mean] = {}
@@ -132,6 +153,19 @@ class Benchmark(Section):
     shards: list[str] = []
     """Retrieval: tar shards, `source:` or `source:glob`, pictures with all their captions."""
 
+    corruptions: Corruptions | None = None
+    """Robustness, of pictures with classes: how many are still known when they are worse."""
+    attack: Attack | None = None
+    """Robustness, of pictures with classes: how many are still known when they are moved against the model."""
+    outside: list[str] = []
+    """Robustness, of pictures with classes: folders with pictures of none of them, to be told apart."""
+    paraphrases: list[str] | None = None
+    """Robustness, of captions: two kinds of captions (empty: each picture's first two) that should find the same."""
+    languages: list[str] = []
+    """Robustness, of captions: the kinds of captions that are languages."""
+    per_class: int = Field(0, ge=0)
+    """Robustness, of pictures with classes: a seeded choice of so many a class; 0: all."""
+
     _origin: Path | None = None
 
     @field_validator("classes", mode="before")
@@ -147,11 +181,33 @@ class Benchmark(Section):
 
     @model_validator(mode="after")
     def _has_its_parts(self) -> Benchmark:
-        parts = {"compositional": ("rows",), "zeroshot": ("images", "classes", "templates"), "retrieval": ("shards",)}
+        classes, asked = ("images", "classes", "templates"), self.robustness
+        parts = {"compositional": ("rows",), "zeroshot": classes, "retrieval": ("shards",)}
+        parts["robustness"] = ("shards",) if asked & {"paraphrases", "languages"} else classes
+        if self.kind == "robustness" and len(asked) != 1:
+            raise ValueError(
+                "a robustness benchmark needs one of corruptions, attack, outside, paraphrases, languages"
+                + (f", found {' and '.join(sorted(asked))}" if asked else "")
+            )
+        if len(self.paraphrases or ()) not in (0, 2):
+            raise ValueError(f"paraphrases: should be two kinds of captions, or [], found {self.paraphrases}")
+        if len(self.languages) == 1:
+            raise ValueError("languages: there should be several")
+        if self.kind != "compositional" and self.official.tie in ("first", "last"):
+            raise ValueError(
+                f"official.tie: {self.official.tie} is for compositional benchmarks, whose rows have an order"
+            )
         for part in parts[self.kind]:
             if not getattr(self, part):
                 raise ValueError(f"a {self.kind} benchmark needs {part}")
         return self
+
+    @property
+    def robustness(self) -> set[str]:
+        """Which of a robustness benchmark's questions are asked."""
+        given = {"corruptions", "attack", "outside", "languages"}
+        found = {name for name in given if getattr(self, name)}
+        return found if self.paraphrases is None else found | {"paraphrases"}
 
 
 class Picture(NamedTuple):
@@ -160,6 +216,8 @@ class Picture(NamedTuple):
     src: str
     path: str
     bbox: tuple[float, float, float, float] | None = None
+    change: str = ""
+    """What is done to it after the crop (`KIND:SEVERITY` of the corruptions)."""
 
 
 class PictureReference(Section):
@@ -322,6 +380,6 @@ def _explain(error: Any, model: type[Section]) -> str:
         return f"{path}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] != "extra_forbidden":
         return explain(error)
-    inner = (Source, Mean, Official, Reference, Download, PictureReference)
+    inner = (Source, Mean, Official, Reference, Download, PictureReference, Corruptions, Attack)
     names = model.model_fields if len(error["loc"]) == 1 else {n for section in inner for n in section.model_fields}
     return f"{path}: no such field{did_you_mean(str(error['loc'][-1]), names)}"

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from clipkit.errors import UserError
 from clipkit.evaluation.benchmark import Benchmark, Picture, Row, read_rows
 from clipkit.evaluation.embed import Embedder
+from clipkit.evaluation.judged import Pairs, decide, extremes
 from clipkit.evaluation.result import (
     Metric,
     Result,
@@ -35,7 +36,7 @@ from clipkit.evaluation.stats import interval, wilson
 from clipkit.evaluation.table import Credits, Table
 
 Array = np.ndarray
-Pairs = Callable[[Int[Array, "r i"], Int[Array, "r t"]], Float[Array, "r i t"]]
+Similarities = Callable[[Int[Array, "r i"], Int[Array, "r t"]], Float[Array, "r i t"]]
 """Similarities of pictures and texts given by their numbers."""
 
 
@@ -67,8 +68,16 @@ class Compositional:
         rule, table = policy(self.benchmark, tie), Table(self.benchmark, self.rows, self.categories)
         forms = self._forms(partial(similarity, images, texts), partial(similarity, texts, texts))
         credits, tied = judge(forms, self.rows, rule)
+        pairs = self._pairs(forms)
+        if pairs:
+            cut, on_cut = decide(pairs, self.rows, rule)
+            credits, tied = credits | cut, tied | on_cut
         correct, credits = credits["accuracy"], _needed(credits)
-        metrics = table.metrics(credits) | areas(forms, table, rule)
+        metrics, by_category = table.metrics(credits) | areas(forms, table, rule), table.by("category", credits)
+        if pairs:
+            further, by = extremes(pairs, credits, table, rule)
+            metrics |= further
+            by_category = {name: scores | by.get(name, {}) for name, scores in by_category.items()}
         top = headline(self.benchmark, metrics, _default_headline(credits))
         main = credits.get(top.partition("/")[0], correct)
         correct = np.where(np.isnan(main), correct, main)
@@ -77,7 +86,7 @@ class Compositional:
             n=len(self.rows),
             headline=top,
             metrics=metrics,
-            by_category=table.by("category", credits),
+            by_category=by_category,
             breakdowns={name: table.by(name, credits) for name in self.benchmark.breakdowns},
             baselines=self._baselines(table, images, texts),
             tie={"policy": tie, "rule": rule} | _tie_rates(tied, credits, top.partition("/")[0]),
@@ -86,6 +95,9 @@ class Compositional:
             examples=self._examples(forms, correct, embedder),
             protocol={"rows_sha256": digest("\n".join(row.model_dump_json() for row in self.rows))},
         )
+
+    def _pairs(self, forms: list[Form]) -> Pairs | None:
+        return Pairs.of([(form.match, form.rows, form.s) for form in forms]) if self.benchmark.thresholds else None
 
     @cached_property
     def _layout(self) -> list[tuple[Pattern, Int[Array, " r"], Int[Array, "r i"], Int[Array, "r t"]]]:
@@ -101,7 +113,7 @@ class Compositional:
             layout.append((match, np.array(numbers), i, t))
         return layout
 
-    def _forms(self, pairs: Pairs, among: Pairs | None = None) -> list[Form]:
+    def _forms(self, pairs: Similarities, among: Similarities | None = None) -> list[Form]:
         """Similarities by form; `among` gives those of texts, for the forms with several right ones."""
         return [
             Form(match, rows, pairs(i, t), among(t, t) if among and match[0].count(1) > 1 else None)
@@ -113,7 +125,7 @@ class Compositional:
         characters = np.array([-len(text) for text in self.texts], dtype=np.float32)
         words = np.array([-len(text.split()) for text in self.texts], dtype=np.float32)
         prior = np.broadcast_to(images.mean(0), images.shape)
-        kinds: dict[str, tuple[str, Pairs]] = {
+        kinds: dict[str, tuple[str, Similarities]] = {
             "shorter_text": ("the text with fewer characters is right", partial(_of_text, characters)),
             "fewer_words": ("the text with fewer words is right", partial(_of_text, words)),
             "text_prior": ("the text nearest to the mean picture is right", partial(similarity, prior, texts)),
@@ -122,10 +134,10 @@ class Compositional:
                 partial(similarity, images[_deranged(len(images))], texts),
             ),
         }
-        return {name: {"title": title} | self._blind(table, pairs) for name, (title, pairs) in kinds.items()}
+        return {name: {"title": title} | self._blind(table, of) for name, (title, of) in kinds.items()}
 
-    def _blind(self, table: Table, pairs: Pairs) -> dict[str, Any]:
-        forms = self._forms(pairs)
+    def _blind(self, table: Table, similarities: Similarities) -> dict[str, Any]:
+        forms = self._forms(similarities)
         credits = _needed(judge(forms, self.rows, "half")[0])
         area = {name: metric.value for name, metric in areas(forms, table, "half").items()}
         return {"metrics": table.values(credits) | area, "by_category": table.values_by("category", credits)}

@@ -196,10 +196,11 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
         abstract_scenes_pairs, abstract_scenes_choice, flickr8k_order, coco_order, flickr30k_order,
         published.sugarcrepe, published.sugarcrepe_pp, published.valse, published.vsr, published.vsr_zeroshot,
         published.vsr_random, published.bivlc, published.cola, published.colorswap, published.winoground,
-        published.nlvr, published.nlvr_pairs, published.vg_relation, published.vg_attribution, published.whatsup,
-        published.svo_probes,
+        published.nlvr, published.nlvr_orders, published.nlvr_pairs, published.vg_relation, published.vg_attribution,
+        published.whatsup, published.svo_probes,
         published_more.mmvp_vlm, published_more.eqben, published_more.crepe, published_more.vl_checklist,
         published_more.inpaint_coco,
+        published_more.cola_gqa, published_more.cola_clevr, published_more.cola_paco,
     )
 }  # fmt: skip
 

@@ -77,17 +77,21 @@ class Embedder:
         return np.stack([self._texts[t] for t in texts])
 
     def open(self, picture: Picture) -> Image.Image:
-        """The picture in RGB, cropped to its bbox (black outside, as PIL does)."""
+        """The picture in RGB, cropped to its bbox (black outside, as PIL does), then changed as it says."""
         from clipkit.data.decode import read_picture
 
         try:
             image = read_picture(self.roots.read(picture.src, picture.path))
         except Unreadable as error:
             raise UserError(f"cannot read picture {picture.src}:{picture.path}: {error}") from None
-        if picture.bbox is None:
-            return image
-        x, y, width, height = picture.bbox
-        return image.crop((x, y, x + width, y + height))  # type: ignore[arg-type]
+        if picture.bbox is not None:
+            x, y, width, height = picture.bbox
+            image = image.crop((x, y, x + width, y + height))  # type: ignore[arg-type]
+        if picture.change:
+            from clipkit.evaluation.robustness.corruptions import changed
+
+            image = changed(image, picture.change, picture.path)
+        return image
 
     def _fill(
         self,

@@ -10,7 +10,7 @@ import yaml
 
 from clipkit.evaluation.report.paired import Pairing
 from clipkit.evaluation.result import Result
-from clipkit.evaluation.stats import holm
+from clipkit.evaluation.stats import detectable, holm
 
 
 def run_of(model: str) -> Path | None:
@@ -44,8 +44,14 @@ def differences(before: Sequence[Result], after: Sequence[Result]) -> list[dict[
                 "difference": change.value,
                 "low": change.low,
                 "high": change.high,
+                "detectable": None if change.low is None or change.high is None else _least(change.low, change.high),
                 "p": change.p,
             }
         )
     corrected = holm({line["benchmark"]: line["p"] for line in found if line["p"] is not None})
     return [line | {"p": corrected.get(line["benchmark"])} for line in found]
+
+
+def _least(low: float, high: float) -> float:
+    """The smallest difference that the rows of a paired interval would have shown."""
+    return detectable(low, high, paired=True)

@@ -43,16 +43,32 @@ class Labelled:
 
 def read_labelled(place: str) -> Labelled:
     """`place`: a folder or tar of class folders. Raises UserError where there are no two classes."""
-    roots = Roots({"here": place})
+    paths, load = _pictures(place)
     items, names = [], []
-    for path in roots.paths("here"):
+    for path in paths:
         name, slash, _ = path.removeprefix("./").partition("/")
-        if slash and path.rpartition(".")[2].lower() in PICTURES:
+        if slash:
             items.append(path)
             names.append(name)
     classes = sorted(set(names))
     if len(classes) < 2:
         raise UserError(f"{place}: should hold class folders with pictures, found {classes or 'none'}")
+
+    return Labelled(items, np.unique(np.array(names), return_inverse=True)[1], classes, load)
+
+
+def read_unlabelled(place: str) -> Labelled:
+    """All pictures of a folder or tar, whatever folders they lie in, as of one class. Raises UserError for none."""
+    paths, load = _pictures(place)
+    if not paths:
+        raise UserError(f"{place}: holds no picture ({', '.join(PICTURES)})")
+    return Labelled(paths, np.zeros(len(paths), dtype=int), ["any"], load)
+
+
+def _pictures(place: str) -> tuple[list[str], Callable[[str], Image.Image]]:
+    """The paths of a place's pictures and what opens them."""
+    roots = Roots({"here": place})
+    paths = [path for path in roots.paths("here") if path.rpartition(".")[2].lower() in PICTURES]
 
     def load(path: str) -> Image.Image:
         from clipkit.data.decode import read_picture
@@ -62,4 +78,4 @@ def read_labelled(place: str) -> Labelled:
         except Unreadable as error:
             raise UserError(f"cannot read picture {place}/{path}: {error}") from None
 
-    return Labelled(items, np.unique(np.array(names), return_inverse=True)[1], classes, load)
+    return paths, load

@@ -1,4 +1,4 @@
-"""What a model's picture embeddings hold: linear probes, and few-shot classification with Tip-Adapter.
+"""What a model's picture embeddings hold: linear probes, and few-shot classification with Tip-Adapter and TIP-X.
 
 Whatever is tuned is tuned on validation pictures, never on the test set. Axes: n pictures, m training pictures,
 c classes, d embedding.
@@ -32,6 +32,10 @@ BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Weight and sharpness of Tip-Adapter's memory tried."""
 SCALE = 100.0
 """Of cosines with class texts, as Tip-Adapter has it."""
+GAMMAS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Weight of TIP-X's third part tried."""
+SMOOTH = 0.5
+"""Temperature of TIP-X's class distributions."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,58 @@ def tip_adapter(train: Set, validation: Set, test: Set, texts: Float[Tensor, "c 
     alpha, beta = max(tried, key=lambda pair: tried[pair])
     chosen = {"alpha": alpha, "beta": beta}
     return Probed("Tip-Adapter", chosen, tried[alpha, beta], logits(test.x, alpha, beta).argmax(1))
+
+
+def tip_x(train: Set, validation: Set, test: Set, texts: Float[Tensor, "c d"], name: str = "TIP-X") -> Probed:
+    """TIP-X without training (SuS-X, arXiv 2211.16198, equations 3 to 6).
+
+    Tip-Adapter's logits plus gamma · φ(−KL(p ‖ q)) summed by class, p and q the distributions over classes (softmax of
+    cosines with the class texts / 0.5) of a picture and of a remembered one. φ maps linearly to the range of
+    Tip-Adapter's affinities; the two ranges are those of the validation pictures, so that what a test picture gets
+    does not depend on the others. alpha, beta and gamma are the best on the validation pictures, of equals the
+    smallest.
+    """
+    labels = one_hot(train.y, len(texts)).to(train.x.dtype)
+    remembered = torch.log_softmax(train.x @ texts.T / SMOOTH, 1)
+
+    def unlike(x: Float[Tensor, "n d"]) -> Float[Tensor, "n m"]:
+        log_p = torch.log_softmax(x @ texts.T / SMOOTH, 1)
+        return (log_p.exp() * log_p).sum(1, keepdim=True) - log_p.exp() @ remembered.T  # KL
+
+    far = unlike(validation.x)
+    low, width = -far.max(), (far.max() - far.min()).clamp(min=1e-12)
+
+    def parts(x: Float[Tensor, "n d"], beta: float) -> tuple[Tensor, Tensor]:
+        """Tip-Adapter's part and TIP-X's, by class."""
+        top, bottom = bounds[beta]
+        alike = (-unlike(x) - low) / width * (top - bottom) + bottom
+        return torch.exp(beta * (x @ train.x.T - 1)) @ labels, alike @ labels
+
+    near = {beta: torch.exp(beta * (validation.x @ train.x.T - 1)) for beta in BETAS}
+    bounds = {beta: (affinities.max(), affinities.min()) for beta, affinities in near.items()}
+    tried: dict[tuple[float, float, float], float] = {}
+    for beta in BETAS:
+        tip, further = parts(validation.x, beta)
+        base = SCALE * validation.x @ texts.T
+        for alpha in ALPHAS:
+            for gamma in GAMMAS:
+                tried[alpha, beta, gamma] = _top1(base + alpha * tip + gamma * further, validation.y)
+    alpha, beta, gamma = min(tried, key=lambda three: (-tried[three], three))
+    tip, further = parts(test.x, beta)
+    logits = SCALE * test.x @ texts.T + alpha * tip + gamma * further
+    chosen = {"alpha": alpha, "beta": beta, "gamma": gamma}
+    return Probed(name, chosen, tried[alpha, beta, gamma], logits.argmax(1))
+
+
+def support(pool: Float[Tensor, "n d"], texts: Float[Tensor, "c d"], shots: int) -> Set:
+    """SuS-X's support set by retrieval: of unlabelled pictures the `shots` nearest to each class's text stand for it.
+
+    Raises UserError where there are fewer pictures than that.
+    """
+    if shots > len(pool):
+        raise UserError(f"--shots {shots}: --support holds only {len(pool)} pictures")
+    nearest = (texts @ pool.T).topk(shots, dim=1).indices
+    return Set(pool[nearest.flatten()], torch.arange(len(texts)).repeat_interleave(shots))
 
 
 def zero_shot(validation: Set, test: Set, texts: Float[Tensor, "c d"]) -> Probed:

@@ -181,12 +181,20 @@ def winoground(files: Files, *, tags: str = "") -> Converted:
 
 def nlvr(files: Files, *, part: str = "dev") -> Converted:
     """NLVR (Suhr et al., ACL 2017): a sentence true or false of three boxes; the first of six orders of the boxes."""
-    rows = []
-    for item in lines_named(files, f"{part}.json"):
-        row = one_picture(item["identifier"], "all", "nlvr", _nlvr_picture(part, item), [item["sentence"]], [0])
-        number = item["identifier"].partition("-")[0]
-        rows.append(row | {"match": [[int(item["label"] == "true")]], "cluster": number})
+    return Converted([_nlvr_row(part, item, 0, item["identifier"]) for item in lines_named(files, f"{part}.json")])
+
+
+def nlvr_orders(files: Files, *, part: str = "dev") -> Converted:
+    """NLVR with all six orders of the boxes, as its authors score it."""
+    items = lines_named(files, f"{part}.json")
+    rows = [_nlvr_row(part, item, k, f"{item['identifier']}-{k}") for item in items for k in range(6)]
     return Converted(rows)
+
+
+def _nlvr_row(part: str, item: dict[str, Any], order: int, id: str) -> dict[str, Any]:
+    row = one_picture(id, "all", "nlvr", _nlvr_picture(part, item, order), [item["sentence"]], [0])
+    number = item["identifier"].partition("-")[0]
+    return row | {"match": [[int(item["label"] == "true")]], "cluster": number}
 
 
 def nlvr_pairs(files: Files, *, part: str = "dev") -> Converted:
@@ -207,9 +215,10 @@ def nlvr_pairs(files: Files, *, part: str = "dev") -> Converted:
     return Converted(rows)
 
 
-def _nlvr_picture(part: str, item: dict[str, Any]) -> str:
-    """nlvr/PART/images/FOLDER/PART-N-M-0.png; the hidden part has no folders."""
-    return "/".join(filter(None, (part, "images", item.get("directory"), f"{part}-{item['identifier']}-0.png")))
+def _nlvr_picture(part: str, item: dict[str, Any], order: int = 0) -> str:
+    """nlvr/PART/images/FOLDER/PART-N-M-ORDER.png; the hidden part has no folders."""
+    name = f"{part}-{item['identifier']}-{order}.png"
+    return "/".join(filter(None, (part, "images", item.get("directory"), name)))
 
 
 def vg_relation(files: Files, *, excluded: str = "") -> Converted:

@@ -140,3 +140,44 @@ def inpaint_coco(files: Files) -> Converted:
         )
         rows.append(two_by_two(f"{number:04}", item["concept"], f"{number:04}", "inpaint_coco", paths, texts))
     return Converted(rows)
+
+
+def cola_gqa(files: Files) -> Converted:
+    """COLA's single objects on GQA's pictures (Ray et al., NeurIPS 2023, arXiv 2305.03689): a phrase ranks pictures."""
+    return _cola_single(files, "GQA", "visual_genome")
+
+
+def cola_clevr(files: Files) -> Converted:
+    """COLA's single objects on CLEVR's pictures."""
+    return _cola_single(files, "CLEVR", "clevr")
+
+
+def cola_paco(files: Files) -> Converted:
+    """COLA's single objects on PACO's pictures, which are COCO's."""
+    return _cola_single(files, "PACO", "paco")
+
+
+def _cola_single(files: Files, name: str, src: str) -> Converted:
+    """Of every phrase a row with the pictures of its hard list, 1 where it is there (n × 1).
+
+    `COLA_singleobjects_benchmark_NAME.json` holds phrases and, of every picture, its file, its objects (not for PACO),
+    which phrases are there, and of which phrases it is a hard one. Phrases without a right picture are left out, as the
+    script does; so are those without a wrong one, whose average precision is 1 for every model.
+    """
+    phrases, pictures = _cola_parts(json_named(files, f"COLA_singleobjects_benchmark_{name}.json"))
+    converted = Converted([])
+    for number, phrase in enumerate(phrases):
+        hard = [(file, int(there[number])) for file, there, counted in pictures if counted[number]]
+        if {right for _, right in hard} != {0, 1} or len(hard) < 3:
+            converted.dropped["no right picture, no wrong one, or two in all"] += 1
+            continue
+        images = [{"src": src, "path": PurePosixPath(file).name} for file, _ in hard]
+        row = {"id": f"{number}", "category": "single_object", "cluster": phrase, "images": images, "texts": [phrase]}
+        converted.rows.append(row | {"match": [[right] for _, right in hard]})
+    return converted
+
+
+def _cola_parts(tree: Any) -> tuple[list[str], list[tuple[str, list[int], list[int]]]]:
+    """(phrases, pictures); the published files are lists of two, their description calls them `labels` and `data`."""
+    phrases, pictures = (tree["labels"], tree["data"]) if isinstance(tree, dict) else tree
+    return phrases, [(one[0], one[-2], one[-1]) for one in pictures]

@@ -101,9 +101,16 @@ class Task(Protocol):
     """A benchmark whose rows are read and whose pictures were found: ready to be scored."""
 
     benchmark: Benchmark
-    pictures: list[Picture]
-    """Needed, in any order, repeats allowed."""
-    texts: list[str]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Needed, in any order, repeats allowed."""
+        ...
+
+    @property
+    def texts(self) -> list[str]:
+        """Needed, in any order, repeats allowed."""
+        ...
 
     def score(self, embedder: Embedder, tie: str) -> Result:
         """The result; everything needed comes from the embedder."""

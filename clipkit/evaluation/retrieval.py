@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import comb
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -142,9 +142,20 @@ class Retrieval:
         return out
 
 
-def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> Retrieval:
-    """Read pictures and captions from shards (or a folder of the same form). Raises UserError for a broken pair."""
-    pictures, captions, groups = [], [], []
+class Captioned(NamedTuple):
+    """A picture and all that is said of it."""
+
+    picture: Picture
+    captions: list[str]
+    kinds: list[str]
+    """One a caption; empty where none is named."""
+    group: str
+    """Pictures of one group are the same picture."""
+
+
+def read(benchmark: Benchmark, roots: Roots) -> list[Captioned]:
+    """All pictures of the benchmark's shards that have captions. Raises UserError for a broken pair, and for none."""
+    found = []
     for reference in benchmark.shards:
         src, shards = split_reference(reference)
         src = roots.within(src, shards)
@@ -156,11 +167,19 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
                 sheet = read_sheet({s: roots.read(src, members[s]) for s in SHEETS if s in members})
             except Unreadable as error:
                 raise UserError(f"{src}:{key}: {error}") from None
-            pictures.append(Picture(src, picture))
-            captions.append([benchmark.prefix + sheet.captions[c] for c in sheet.usable()])
-            groups.append(sheet.group or f"{src}:{key}")
-    if not pictures:
+            usable = sheet.usable()
+            captions = [benchmark.prefix + sheet.captions[c] for c in usable]
+            kinds, group = [sheet.caption_kinds[c] for c in usable], sheet.group or f"{src}:{key}"
+            found.append(Captioned(Picture(src, picture), captions, kinds, group))
+    if not found:
         raise UserError(f"no pictures with captions in {', '.join(benchmark.shards)}")
+    return found
+
+
+def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> Retrieval:
+    """Read pictures and captions from shards (or a folder of the same form). Raises UserError for a broken pair."""
+    found = read(benchmark, roots)
+    pictures, captions, groups = [f.picture for f in found], [f.captions for f in found], [f.group for f in found]
     texts = list(dict.fromkeys(text for several in captions for text in several))
     number = {text: n for n, text in enumerate(texts)}
     written = np.array([number[text] for several in captions for text in several])

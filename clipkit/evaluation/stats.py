@@ -47,13 +47,27 @@ class Resampler:
         """Sum of `values` over the masked rows, in every resample."""
         return self.weights @ np.bincount(self.codes[mask], values[mask], self.clusters).astype(np.float32)
 
-    def rows(self, numbers: Int[Array, " m"]) -> Float[Array, "b m"]:
-        """How often each of these rows is drawn."""
-        return self.weights[:, self.codes[numbers]]
+    def rows(self, numbers: Int[Array, " m"], most: int = 2**27) -> Float[Array, "b m"]:
+        """How often each of these rows is drawn; of very many rows in the first resamples only (`most` numbers)."""
+        return self.weights[: max(100, most // max(1, len(numbers))), self.codes[numbers]]
 
     def distinct(self, mask: Bool[Array, " n"]) -> int:
         """Number of clusters among the masked rows."""
         return len(np.unique(self.codes[mask]))
+
+
+POWER = 0.8416212335729143
+"""The normal quantile of a power of 80 %."""
+
+
+def detectable(low: float, high: float, *, paired: bool = False) -> float:
+    """The smallest difference found at the 5 % level with a power of 80 %, from a 95 % interval.
+
+    `paired`: the interval is of a difference. Otherwise of one model's share, and the other model is taken to be as
+    uncertain and independent of it: paired on the same rows, models that agree more find smaller differences.
+    """
+    error = (high - low) / (2 * Z95)
+    return (Z95 + POWER) * error * (1.0 if paired else math.sqrt(2))
 
 
 def interval(draws: Float[Array, " b"]) -> tuple[float, float]:
@@ -153,6 +167,11 @@ class Difference:
     low: float
     high: float
     p: float
+
+    @property
+    def detectable(self) -> float:
+        """The smallest difference that these rows would have shown four times of five."""
+        return detectable(self.low, self.high, paired=True)
 
 
 def paired_bootstrap(

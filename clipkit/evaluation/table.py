@@ -17,6 +17,9 @@ from clipkit.evaluation.scores import chance, main_score, pattern
 from clipkit.evaluation.stats import Pools, Resampler, mean_interval
 
 Array = np.ndarray
+JUDGED = ("p_right", "p_wrong", "judged")
+"""Scores at a threshold. Whoever says everything fits has the first right and the second wrong: only `judged`, their
+mean, has a chance."""
 Credits = dict[str, Float[Array, " n"]]
 """Score -> credit of every row, nan where the score does not suit the row."""
 
@@ -57,6 +60,10 @@ class Table:
             for value, scores in self._split(field, credits).items()
         }
 
+    def masks(self, field: str) -> dict[str, Bool[Array, " n"]]:
+        """Value of a row field -> its rows."""
+        return self._field(field)
+
     def _all(self, credits: Credits) -> list[tuple[str, str, Array, Array, Pools]]:
         """(score, aggregate, credit and chance of every row, pools) of all aggregates that have rows."""
         several = ["macro"] if len(self._field("category")) > 1 else []
@@ -72,14 +79,14 @@ class Table:
         return [entry for entry in made if entry[4]]
 
     def _together(self, spec: Mean, credit: Array, guess: Array) -> tuple[Array, Array, Pools]:
-        """The first row of every value stands for all of them; values that lack rows are left out."""
+        """The first row of every value stands for all; values that lack rows are left out, unless not `whole`."""
         values = [
             mask & ~np.isnan(credit) for v, mask in self._field(spec.together or "").items() if v not in spec.exclude
         ]
         sizes = [int(mask.sum()) for mask in values]
         joint, joint_guess, first = credit.copy(), guess.copy(), np.zeros(len(credit), dtype=bool)
         for mask, size in zip(values, sizes, strict=True):
-            if size and size == max(sizes):
+            if size and (size == max(sizes) or not spec.whole):
                 at = int(mask.argmax())
                 joint[at], joint_guess[at], first[at] = credit[mask].prod(), guess[mask].prod(), True
         return joint, joint_guess, _filled([(1.0, first)])
@@ -131,6 +138,8 @@ class Table:
         wanted = main if score == "accuracy" else score
         if wanted == main and row.category in self.benchmark.chance:
             return self.benchmark.chance[row.category]
+        if wanted in JUDGED:
+            return 0.5 if wanted == "judged" else float("nan")
         return majority if wanted == "binary" else chance(form, wanted)
 
     def _of(self, field: str, value: str) -> Bool[Array, " n"]:
@@ -155,7 +164,8 @@ class Table:
 
 def _metric(credit: Array, pools: Pools, guess: Array, resampler: Resampler) -> Metric:
     n = int(np.logical_or.reduce([mask for _, mask in pools]).sum())
-    return Metric(*mean_interval(credit, pools, resampler), n, mean(guess, pools))
+    luck = mean(guess, pools)
+    return Metric(*mean_interval(credit, pools, resampler), n, None if np.isnan(luck) else luck)
 
 
 def mean(values: Float[Array, " n"], pools: Pools) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,10 @@ class ZeroShot:
         return [_display(names)[0] for names in self.benchmark.classes.values()]
 
 
-def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> ZeroShot:
-    """Find the pictures: the first folder below each entry of `images` is the class.
+def prepare(
+    benchmark: Benchmark, roots: Roots, allow_missing: bool = False, without: Collection[Picture] = ()
+) -> ZeroShot:
+    """Find the pictures: the first folder below each entry of `images` is the class. `without`: not these.
 
     Raises UserError when a class folder is unknown, or (unless `allow_missing`) when a class has no picture.
     """
@@ -167,7 +169,7 @@ def prepare(benchmark: Benchmark, roots: Roots, allow_missing: bool = False) -> 
         for path in roots.paths(src, folder):
             inside = path.removeprefix(f"{folder}/") if folder else path
             label, slash, _ = inside.partition("/")
-            if not slash or path.rpartition(".")[2].lower() not in PICTURES:
+            if not slash or path.rpartition(".")[2].lower() not in PICTURES or Picture(src, path) in without:
                 continue
             if label not in classes:
                 raise UserError(f"{entry}: folder {label} is no class{did_you_mean(label, classes)}")

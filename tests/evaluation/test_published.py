@@ -29,6 +29,7 @@ SOURCES = {
     "cola": "cola",
     "colorswap": "colorswap",
     "nlvr": "nlvr",
+    "nlvr_orders": "nlvr",
     "nlvr_pairs": "nlvr",
     "coco_order": "aro",
 }
@@ -60,6 +61,7 @@ COUNTS = {
     "cola": {"multi_object": 210},
     "colorswap": {"all": 300},
     "nlvr": {"all": 989},
+    "nlvr_orders": {"all": 6 * 989},
     "nlvr_pairs": {"all": 834},
     "coco_order": {"order": 25010 - 164},
 }
@@ -162,7 +164,8 @@ def test_constant_random_and_oracle(converted, name: str):
     # Rows that share pictures are right together: one random encoder says little about a few hundred of them.
     seeds = range(16 if len(task.rows) < 500 else 1)
     guessed = [task.score(Named(Random(seed)), "strict") for seed in seeds]  # type: ignore[arg-type]
-    for key in {guessed[0].headline, *(key for key in guessed[0].metrics if key.endswith("/micro"))}:
+    said = {key for key, metric in guessed[0].metrics.items() if key.endswith("/micro") and metric.chance is not None}
+    for key in {guessed[0].headline, *said}:
         value = float(np.mean([result.metrics[key].value for result in guessed]))
         metric = guessed[0].metrics[key]
         slack = 0.8 * (metric.high - metric.low) / len(guessed) ** 0.5
@@ -228,7 +231,7 @@ OFFICIAL = [
     ("cola", "winoground", "t2i", image_score),
     ("svo_probes", "pictures", "t2i", lambda s: s[0][0] > s[1][0]),
     ("nlvr_pairs", "pictures", "t2i", lambda s: s[0][0] > s[1][0]),
-    ("mmvp_vlm", "winoground", "t2i", image_score),  # its script lets the second statement win ties
+    ("mmvp_vlm", "winoground", "t2i", lambda s: s[0][0] > s[1][0] and not s[0][1] > s[1][1]),
     ("eqben", "winoground", "group", lambda s: text_score(s) and image_score(s)),
     ("crepe", "six", "i2t", lambda s: s[0][0] > max(s[0][1:])),
     ("vl_checklist", "pair", "i2t", lambda s: s[0][0] > s[0][1]),
@@ -249,7 +252,8 @@ def test_official_metric(name: str, form: str, score: str, rule):
 
 
 def test_every_published_benchmark_has_its_metric_tried():
-    thresholds = {"vsr_zeroshot", "vsr_random", "nlvr"}  # their authors train a classifier: there is no rule to copy
+    # Their authors train a classifier, or rank many pictures: see test_official.py.
+    thresholds = {"vsr_zeroshot", "vsr_random", "nlvr", "nlvr_orders", "cola_gqa", "cola_clevr", "cola_paco"}
     published = {name for name in packaged() if any(row.startswith("published:") for row in load(name).rows)}
     assert {name for name, *_ in OFFICIAL} | thresholds == published
     headlines = {name: load(name).official.headline.partition("/")[0] for name in published}

@@ -126,7 +126,8 @@ def _judged(run: int, base: dict[str, Any], own: dict[str, Any] | None, item: di
     if item["correct"] == 1:
         return Judged(run, 1.0)
     chosen = f"chose {item['choice']}; " if "choice" in item else ""
-    return Judged(run, item["correct"], note=f"({chosen}right answer at place {item['rank']:g})")
+    note = f"({chosen}right answer at place {item['rank']:g})" if "rank" in item else ""
+    return Judged(run, item["correct"], note=note)
 
 
 def _content(example: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.evaluation.report.paired import Pairing
 from clipkit.evaluation.result import Result
 
-KINDS = ("compositional", "zeroshot", "retrieval")
+KINDS = ("compositional", "zeroshot", "retrieval", "robustness")
 
 
 @dataclass

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from clipkit.evaluation.report.paired import Change
 from clipkit.evaluation.result import Metric
 
-KINDS = {"compositional": "compositional", "zeroshot": "zero-shot classification", "retrieval": "retrieval"}
+KINDS = {
+    "compositional": "compositional",
+    "zeroshot": "zero-shot classification",
+    "retrieval": "retrieval",
+    "robustness": "robustness",
+}
 NAMES = {
     "i2t": "picture → text",
     "t2i": "text → picture",
@@ -24,6 +29,16 @@ NAMES = {
     "r5": "R@5",
     "r10": "R@10",
     "median_rank": "median rank (lower is better)",
+    "p_right": "right ones said to fit",
+    "p_wrong": "wrong ones said not to fit",
+    "judged": "at a threshold",
+    "worse": "the worse of both answers",
+    "same": "both wordings decide alike",
+    "ap": "average precision",
+    "mcm": "maximum concept matching",
+    "fpr95": "false positive rate at 95 % (lower is better)",
+    "variance_of_rank": "variance of the rank (lower is better)",
+    "deviation_of_rank": "deviation of the rank (lower is better)",
 }
 NONE = "–"
 

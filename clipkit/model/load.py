@@ -9,7 +9,7 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clipkit.data.decode import Preprocess
@@ -17,6 +17,7 @@ from clipkit.errors import UserError
 from clipkit.model.convert import from_transformers
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
+from clipkit.model.pieces import load_table
 from clipkit.model.spec import MODEL, WEIGHTS, find_checkpoint, read_model_json
 from clipkit.model.towers import build_towers
 from clipkit.model.weights import weights_into
@@ -56,6 +57,11 @@ def save_parts(state: dict[str, Tensor], about: dict[str, Any], folder: str | Pa
     # equal models should be equal files.
     save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
     os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
+    save_description(about, folder)
+
+
+def save_description(about: dict[str, Any], folder: Path) -> None:
+    """Write model.json, whole or not at all."""
     (folder / f".{MODEL}.partial").write_text(json.dumps(about, indent=1))
     os.replace(folder / f".{MODEL}.partial", folder / MODEL)
 
@@ -116,5 +122,5 @@ def load_checkpoint(folder: str | Path) -> DualEncoder:
         about["spec"], build_towers(about["spec"]), tokenizer, preprocess, bias=0.0 if about["bias"] else None
     )
     model = DualEncoder(parts, scale_max=about["scale_max"])
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(load_table(folder, Path(WEIGHTS).stem))
     return model

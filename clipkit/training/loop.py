@@ -69,7 +69,7 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
     start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
     last = start
-    with guard, RunLog(folder, config, start) as log:
+    with guard, checkpoints, RunLog(folder, config, start) as log:
         for step, batch in zip(range(start, config.steps), loader.steps(start, config.steps), strict=True):
             log.waited()
             set_learning_rate(engine.optimizer, learning_rate(step, config))

@@ -23,7 +23,7 @@ from tests.training.runs import losses, samples
 
 pytestmark = pytest.mark.slow
 NAMES = ("clipkit-h1", "clipkit-h2")
-LONG = 16 * 400
+LONG = 16 * 200
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +118,13 @@ def test_a_host_that_is_lost(two: Hosts, tree: dict, long_alone: Path, folder: P
     lost.communicate(timeout=30)
     ended(left)
     same(run, long_alone)
-    assert len(list((run / "checkpoints/step_00000400").glob("rng_*.safetensors"))) == 1
+    assert len(list((run / "checkpoints/step_00000200").glob("rng_*.safetensors"))) == 1
 
 
 def test_a_node_that_is_lost_on_one_machine(tree: dict, long_alone: Path, folder: Path):
     """The same with two agents beside each other, where namespaces are not permitted."""
+    if available(folder / "again"):
+        pytest.skip("hosts of their own show it here")
     config, run = written(tree, folder, "agents", samples=LONG, save_every=16 * 20), folder / "runs/agents"
     port = str(free_ports(1)[0])
     meet = environment(folder) | SHRINKING | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}

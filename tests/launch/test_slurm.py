@@ -1,4 +1,4 @@
-"""launch/slurm.sh, as it is, on a real SLURM of two nodes; skipped where SLURM is not installed."""
+"""launch/slurm.sh, as it is, on a real SLURM of two nodes (make test-cluster); skipped where that is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from tests.launch.cluster import Cluster, available, cluster
 from tests.training.conftest import degla_tree, tiny_samples
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not available(), reason="needs SLURM, and root to start it")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available(), reason="needs SLURM (tests/launch/install.sh), and root to start it"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def test_a_job_that_is_stopped_is_queued_again_and_loses_nothing(slurm: Cluster, tree: dict, tmp_path: Path):
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree | {"samples": 16 * 150}))
+    config.write_text(yaml.safe_dump(tree | {"samples": 16 * 100}))
     whole = submit(slurm, tmp_path, str(config), f"out={tmp_path}/whole")
     stopped = submit(slurm, tmp_path, str(config), f"out={tmp_path}/stopped")
     limit = time.monotonic() + 150
@@ -71,7 +74,7 @@ def test_a_job_that_is_stopped_is_queued_again_and_loses_nothing(slurm: Cluster,
         time.sleep(0.05)
     slurm.run("scancel", "--signal=USR1", "--batch", stopped)
     assert slurm.wait(stopped, "PENDING")["Restarts"] == "1"
-    assert 20 <= steps(tmp_path / "stopped") < 150
+    assert 20 <= steps(tmp_path / "stopped") < 100
     time.sleep(5)  # the nodes forget the first start
     slurm.run("scontrol", "update", f"JobId={stopped}", "StartTime=now")  # SLURM would wait two minutes
     assert slurm.wait(stopped, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"

@@ -64,7 +64,9 @@ class Config(Section):
     """`full`: the main rank writes whole tensors; `sharded`: each rank what it holds, or an equal share, not gathered.
     Any engine and number of ranks, and `clipkit.load`, read both."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: Count = 0
+    """Samples after which another checkpoint stays for good, the first that is saved then; 0: none does."""
     mirror: str = ""
     """Folder or URL (s3://, gs://, ...) that every checkpoint is copied to, and from where a lost run resumes."""
     evaluate_every: Count = 0

@@ -47,6 +47,7 @@ from clipkit.training.guard import Guard
 from clipkit.training.meeting import Meeting
 from clipkit.training.mirror import Mirror
 from clipkit.training.optim import MOMENTS
+from clipkit.training.retention import kept
 
 BESIDE_BYTES = 1_000_000
 """Room for everything small: headers, random states, the config."""
@@ -255,8 +256,10 @@ class Checkpoints:
         (partial / "state.json").write_text(json.dumps(parts.state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in whole_checkpoints(self.folder)[: -self.config.keep]:
-            if not (self.mirror and self.mirror.reads(old)):
+        whole = whole_checkpoints(self.folder)
+        stay = kept([path.name for path in whole], self.config)
+        for old in whole:
+            if old.name not in stay and not (self.mirror and self.mirror.reads(old)):
                 shutil.rmtree(old)
         if self.mirror:
             self.mirror.push(final)

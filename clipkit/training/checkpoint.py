@@ -11,9 +11,9 @@
 With `save_form: sharded` each rank writes model-00000-of-00002.safetensors and its like, with the numbers that it holds
 (`clipkit.model.pieces`): weights and moments are not gathered, and the ranks write side by side.
 
-Everything is written into a hidden folder first and renamed when complete, so a killed save leaves no half
-checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the copy
-itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
+Everything is written into a hidden folder first and renamed when complete, so a killed save, or a power cut, leaves no
+half checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the
+copy itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
 """
 
 from __future__ import annotations
@@ -254,8 +254,14 @@ class Checkpoints:
         """At the main rank, when all tables are written: from here on the checkpoint counts."""
         partial = _partial(final)
         (partial / "state.json").write_text(json.dumps(parts.state, indent=1))
+        for path in (
+            *partial.iterdir(),
+            partial,
+        ):  # before the name, or a power cut leaves a whole name with half files
+            _to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _to_disk(final.parent)
         whole = whole_checkpoints(self.folder)
         stay = kept([path.name for path in whole], self.config)
         for old in whole:
@@ -314,6 +320,15 @@ def _bytes(tables: dict[str, dict[str, Tensor]]) -> int:
 
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_random_state(partial: Path) -> None:

@@ -123,6 +123,8 @@ def _check_engine(config: Config) -> list[str]:
         problems += [f"engine.compile: {reason}" for reason in _not_to_compile(config)]
     if engine.kind != "deepspeed" and engine.zero_stage != 1:
         problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {engine.kind}")
+    if engine.offload != "none":
+        problems += _not_to_offload(config)
     if engine.kind != "deepspeed" or engine.zero_stage < 3:
         return problems
     if config.model.lock_image or config.model.lock_text:
@@ -137,6 +139,21 @@ def _check_engine(config: Config) -> list[str]:
         if "local_logit" in TERMS.entry(term).needs
     ]
     return problems
+
+
+def _not_to_offload(config: Config) -> list[str]:
+    """Why nothing, or less, can be kept on the host."""
+    engine, path = config.engine, "engine.offload"
+    if engine.kind != "deepspeed":
+        return [f"{path}: belongs to engine.kind: deepspeed, got {engine.kind}"]
+    if engine.zero_stage == 0:
+        return [f"{path}: {engine.offload} moves what ranks divide, zero_stage: 0 divides nothing; use 1, 2 or 3"]
+    if engine.offload == "all" and engine.zero_stage < 3:
+        return [
+            f"{path}: all moves divided weights, zero_stage: {engine.zero_stage} keeps them whole on every rank; use "
+            "zero_stage: 3, or offload: optimizer"
+        ]
+    return []
 
 
 def _not_to_compile(config: Config) -> list[str]:

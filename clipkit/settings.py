@@ -224,6 +224,9 @@ class EngineConfig(Section):
     """`ddp` also covers a single process; `fsdp` divides weights, gradients and moments among ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What `deepspeed` divides: nothing, moments, gradients as well, weights as well."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What `deepspeed` keeps in the host's memory: moments, fp32 weights and the step (`optimizer`, from stage 1), and
+    the divided weights as well (`all`, stage 3). Slower; not on NVMe, where checkpoints could not gather it from."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What towers compute in; weights and moments are fp32. `fp16` scales the loss and may skip the first steps."""
     accumulate: Positive = 1

@@ -71,7 +71,7 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
     loader = _loader(config, index, plan, model, features)
     stopping = Stopping(config, folder, start) if config.stop.metric else None
     last = start
-    with guard, RunLog(folder, config, start) as log:
+    with guard, checkpoints, RunLog(folder, config, start) as log:
         if stopping and not stopping.knows(start):
             _evaluate(config, engine, folder, log, stopping, start)
         end = start if stopping and stopping.enough else config.steps

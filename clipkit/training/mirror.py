@@ -1,4 +1,4 @@
-"""Copies of a run's newest checkpoints in another place: a folder, or whatever fsspec has a URL for (s3, gs, ...).
+"""Copies of a run's checkpoints in another place: a folder, or whatever fsspec has a URL for (s3, gs, ...).
 
     MIRROR/step_00000200/   the files of checkpoints/step_00000200; state.json comes last, and says that all are there
 
@@ -19,6 +19,7 @@ from clipkit.config import Config
 from clipkit.data.remote import filesystem, within
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
+from clipkit.training.retention import kept
 
 TRIES, PAUSE_S = 4, 2.0
 """Attempts at one checkpoint, and the pause after the first, which doubles."""
@@ -32,7 +33,7 @@ class Mirror:
     """
 
     def __init__(self, config: Config):
-        self.url, self._keep = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config.keep
+        self.url, self._config = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config
         self._store, self._root = filesystem(self.url)
         self._thread = ThreadPoolExecutor(1)
         self._newest: Path | None = None
@@ -92,9 +93,9 @@ class Mirror:
             self._ask("put_file", str(file), self._path(checkpoint.name, file.name), size=file.stat().st_size)
 
     def _clear(self) -> None:
-        """Take away all but the newest `keep`, and what was never whole."""
-        kept = self._whole()[-self._keep :]
-        for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(kept):
+        """Take away what need not stay, and what was never whole."""
+        stay = kept(self._whole(), self._config)
+        for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(stay):
             self._remove(name)
 
     def _remove(self, name: str) -> None:

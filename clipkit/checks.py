@@ -84,7 +84,7 @@ def cross_check(config: Config) -> list[str]:
         )
     problems += _check_supervision(config)
     problems += _check_teacher(config) + _check_features(config)
-    problems += _check_captions(config.data) + _check_sources(config.data)
+    problems += _check_captions(config.data) + _check_negatives(config) + _check_sources(config.data)
     if config.engine.checkpoint_activations and config.model.lock_image and config.model.lock_text:
         problems.append("engine.checkpoint_activations: both towers are locked, nothing is kept for a backward pass")
     problems += _check_engine(config)
@@ -256,6 +256,31 @@ def _check_supervision(config: Config) -> list[str]:
         by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
         if ("label" in needs or by_label) and not data.labels:
             problems.append(f"objective.{name} needs data.labels: true, got false")
+    return problems
+
+
+WEIGHED = ("infonce", "igc", "tgc")
+"""Terms that negatives' weights act in."""
+
+
+def _check_negatives(config: Config) -> list[str]:
+    """What is wrong with the choice and the weights of negatives."""
+    data, problems = config.data, []
+    named = {
+        "negative_policy": data.negative_policy != "uniform",
+        "negative_weights": data.negative_weights,
+        "online_negatives": bool(data.online_negatives),
+    }
+    if not data.negatives:
+        problems += [f"data.{name}: needs data.negatives ≥ 1, got 0" for name, given in named.items() if given]
+    if data.negative_policy == "hardest" and data.online_negatives:
+        problems.append("data.online_negatives: have no score to choose the hardest by; data.negative_policy: uniform")
+    if data.negative_weights and not set(WEIGHED) & set(config.objective):
+        problems.append(f"data.negative_weights: act in {', '.join(WEIGHED)}; the objective has none of these")
+    if data.online_negatives and data.text_features:
+        problems.append("data.online_negatives: have no stored features for data.text_features")
+    if data.online_negatives and data.teacher_features and "negative_text" in teacher_roles(config):
+        problems.append("data.online_negatives: have no stored embeddings for data.teacher_features")
     return problems
 
 

@@ -44,6 +44,13 @@ class DataConfig(Section):
     """Hard-negative captions a pair (K); sampled from the shard's `negatives`, uniformly over kinds."""
     negative_kinds: list[str] = []
     """Kinds of negatives to draw from; empty: all that the shards hold."""
+    negative_policy: Literal["uniform", "hardest", "curriculum"] = "uniform"
+    """Which K: kinds in turn; those of the highest `score` (`clipkit negatives score`); or kinds in turn among an easy
+    share that grows from half of a caption's negatives to all of them, the highest score last."""
+    negative_weights: bool = False
+    """Read each negative's `weight` (`negatives audit --balance AUC --by weight`), for `infonce`, `igc` and `tgc`."""
+    online_negatives: list[str] = []
+    """Kinds of rules (`negatives make`) whose negatives are made while reading, anew each epoch, beside the shard's."""
     negative_images: Count = 0
     """Pictures of negatives a pair (J), of the first J negatives; those with a picture come first."""
     caption: Literal["sample", "first", "all"] = "sample"

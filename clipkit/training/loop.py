@@ -22,6 +22,7 @@ from clipkit.errors import Stopped, UserError
 from clipkit.evaluation.run import evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
+from clipkit.negatives.online import online
 from clipkit.objective import Objective
 from clipkit.training.alarm import Alarm
 from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
@@ -153,6 +154,8 @@ def _loader(
         world=distributed.world_size(),
         features=features,
         teacher_roles=teacher_roles(config),
+        online=online(config),
+        steps=config.steps,
     )
 
 

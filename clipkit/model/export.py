@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipkit.errors import UserError
 from clipkit.model.convert import to_transformers
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.load import description, load, save
+from clipkit.model.tables import write_table
 
 TOLERANCE = 1e-4
 """Between embeddings of unit length, before and after: two programs add up in different orders."""
@@ -95,7 +95,7 @@ def _to_open_clip(model: DualEncoder, folder: Path) -> Embedded:
     picture = model.preprocess.to_dict()
     about = {"model_cfg": cfg, "preprocess_cfg": picture | {"resize_mode": picture.pop("resize")}}
     (folder / "open_clip_config.json").write_text(json.dumps(about, indent=1))
-    save_file(
+    write_table(
         {name: x.clone().contiguous() for name, x in state.items()},
         folder / "open_clip_model.safetensors",
         metadata={"activation": model.activation},

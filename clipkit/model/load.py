@@ -9,7 +9,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clipkit.data.decode import Preprocess
@@ -19,6 +18,7 @@ from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
 from clipkit.model.pieces import load_table
 from clipkit.model.spec import MODEL, WEIGHTS, checkpoint_at, find_checkpoint, read_model_json
+from clipkit.model.tables import write_table
 from clipkit.model.towers import build_towers
 from clipkit.model.weights import OPTIONAL, weights_into
 
@@ -58,7 +58,7 @@ def save_parts(state: dict[str, Tensor], about: dict[str, Any], folder: str | Pa
     folder.mkdir(parents=True, exist_ok=True)
     # The activation goes wherever the weights go; alone, because safetensors writes several entries in random order and
     # equal models should be equal files.
-    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
+    write_table(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
     os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
     save_description(about, folder)
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import UserError
+from clipkit.model.tables import write_table
 
 
 class Piece(NamedTuple):
@@ -53,7 +54,7 @@ def save_pieces(values: dict[str, Tensor], layout: Layout, folder: Path, name: s
     file = folder / f"{name}-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
     held = {key: x for key, x in values.items() if x.numel()}
     # One entry alone: safetensors writes several in random order, and equal tables should be equal files.
-    save_file(held, file, metadata={"pieces": json.dumps({key: layout[key] for key in sorted(held)})})
+    write_table(held, file, metadata={"pieces": json.dumps({key: layout[key] for key in sorted(held)})})
 
 
 def load_table(folder: Path, name: str) -> dict[str, Tensor]:

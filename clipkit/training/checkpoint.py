@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit import distributed
@@ -40,6 +40,7 @@ from clipkit.data.plan import Plan
 from clipkit.errors import UserError
 from clipkit.model.load import description, save_description, save_parts
 from clipkit.model.pieces import Layout, load_table, save_pieces
+from clipkit.model.tables import write_table
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
@@ -248,25 +249,18 @@ class Checkpoints:
             elif name == "model":
                 save_parts(table, parts.about, partial)
             else:
-                save_file(table, partial / f"{name}.safetensors")
+                write_table(table, partial / f"{name}.safetensors")
 
     def _complete(self, final: Path, parts: _Parts) -> None:
         """At the main rank, when all tables are written: from here on the checkpoint counts."""
         partial = _partial(final)
         (partial / "state.json").write_text(json.dumps(parts.state, indent=1))
-        for path in (
-            *partial.iterdir(),
-            partial,
-        ):  # before the name, or a power cut leaves a whole name with half files
-            _to_disk(path)
+        for path in (*partial.iterdir(), partial):
+            _to_disk(path)  # before the name, or a power cut leaves a whole name with half files
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _to_disk(final.parent)
-        whole = whole_checkpoints(self.folder)
-        stay = kept([path.name for path in whole], self.config)
-        for old in whole:
-            if old.name not in stay and not (self.mirror and self.mirror.reads(old)):
-                shutil.rmtree(old)
+        prune(self.folder, self.config, self.mirror)
         if self.mirror:
             self.mirror.push(final)
 
@@ -332,12 +326,21 @@ def _to_disk(path: Path) -> None:
 
 
 def _write_random_state(partial: Path) -> None:
-    save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
+    write_table({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def prune(folder: Path, config: Config, mirror: Mirror | None = None) -> None:
+    """Remove a run's checkpoints that need not stay, but for one that is just being copied."""
+    whole = whole_checkpoints(folder)
+    stay = kept([path.name for path in whole], config)
+    for old in whole:
+        if old.name not in stay and not (mirror and mirror.reads(old)):
+            shutil.rmtree(old)
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from clipkit.model.teacher import Teacher
 from clipkit.negatives.online import online
 from clipkit.objective import Objective
 from clipkit.training.alarm import Alarm
-from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
+from clipkit.training.checkpoint import Checkpoints, prune, whole_checkpoints
 from clipkit.training.engine import Engine, engine_for
 from clipkit.training.features import cached_features
 from clipkit.training.guard import Guard
@@ -48,6 +48,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         engine.close()
     if mirror:
         mirror.close()
+        prune(folder, config)  # what was being copied when its time had come
     if not over:
         raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
     return folder

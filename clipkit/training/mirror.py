@@ -19,7 +19,7 @@ from clipkit.config import Config
 from clipkit.data.remote import filesystem, within
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
-from clipkit.training.retention import kept
+from clipkit.training.retention import for_good, kept
 
 TRIES, PAUSE_S = 4, 2.0
 """Attempts at one checkpoint, and the pause after the first, which doubles."""
@@ -27,7 +27,7 @@ LAST = "state.json"
 
 
 class Mirror:
-    """The mirror of one run. Checkpoints are copied by a thread, one at a time; only the newest waits.
+    """The mirror of one run. Checkpoints are copied by a thread, one at a time; the newest waits, and those for good.
 
     Raises UserError where no store can be had at the address.
     """
@@ -40,7 +40,7 @@ class Mirror:
         self._reading: Path | None = None
 
     def push(self, checkpoint: Path) -> None:
-        """Have it copied soon; those that still wait no longer count."""
+        """Have it copied soon; those that still wait no longer count, but for what stays for good."""
         self._newest = checkpoint
         self._thread.submit(self._copy, checkpoint)
 
@@ -70,7 +70,7 @@ class Mirror:
     def _copy(self, checkpoint: Path) -> None:
         reason: Exception | None = None
         for number in range(TRIES):
-            if checkpoint != self._newest:
+            if checkpoint != self._newest and not self._stays(checkpoint):
                 return
             if reason:
                 time.sleep(PAUSE_S * 2 ** (number - 1))
@@ -84,6 +84,10 @@ class Mirror:
             finally:
                 self._reading = None
         _say(f"mirror: {checkpoint.name} could not be copied to {shown(self.url)}, tried {TRIES} times: {reason}")
+
+    def _stays(self, checkpoint: Path) -> bool:
+        names = sorted(path.name for path in checkpoint.parent.glob("step_*"))
+        return checkpoint.name in for_good(names, self._config)
 
     def _upload(self, checkpoint: Path) -> None:
         self._remove(checkpoint.name)

@@ -8,14 +8,17 @@ from clipkit.config import Config
 
 
 def kept(names: Sequence[str], config: Config) -> list[str]:
-    """Of checkpoints `step_00000200`, oldest first, those that stay.
+    """Of checkpoints `step_00000200`, oldest first, those that stay: the newest `keep`, and those for good."""
+    stay = {*names[-config.keep :], *for_good(names, config)}
+    return [name for name in names if name in stay]
 
-    The newest `keep`, and the first at or after every multiple of `keep_every` samples.
-    """
-    stay, behind = set(names[-config.keep :]), 0
+
+def for_good(names: Sequence[str], config: Config) -> list[str]:
+    """The first at or after every multiple of `keep_every` samples."""
+    stay, behind = [], 0
     for name in names if config.keep_every else ():
         passed = int(name.removeprefix("step_")) * config.batch_size // config.keep_every
         if passed > behind:
-            stay.add(name)
+            stay.append(name)
             behind = passed
-    return [name for name in names if name in stay]
+    return stay

@@ -10,13 +10,16 @@ READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo setup clean
+.PHONY: help test test-cluster lint format demo setup clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
 test: lint  ## formatting, lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+
+test-cluster: $(READY)  ## two hosts and a SLURM cluster on this machine; skips without root, iproute2 or SLURM
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -rs --durations=8 tests/launch
 
 lint: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

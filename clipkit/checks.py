@@ -84,7 +84,7 @@ def cross_check(config: Config) -> list[str]:
         )
     problems += _check_supervision(config)
     problems += _check_teacher(config) + _check_features(config)
-    problems += _check_captions(config.data) + _check_sources(config.data)
+    problems += _check_captions(config.data) + _check_negatives(config) + _check_sources(config.data)
     if config.engine.checkpoint_activations and config.model.lock_image and config.model.lock_text:
         problems.append("engine.checkpoint_activations: both towers are locked, nothing is kept for a backward pass")
     problems += _check_engine(config)
@@ -94,6 +94,19 @@ def cross_check(config: Config) -> list[str]:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
+    problems += _check_stop(config)
+    return problems
+
+
+def _check_stop(config: Config) -> list[str]:
+    """What is wrong with ending the run early."""
+    stop, problems = config.stop, []
+    if stop.metric and not config.evaluate_every:
+        problems.append("stop.metric needs evaluate_every: samples between two evaluations")
+    if stop.most_loss < 1 and stop.metric != "pareto":
+        problems.append(f'stop.most_loss: belongs to stop.metric: pareto, got "{stop.metric}"')
+    if stop.least and not stop.metric:
+        problems.append("stop.least: belongs to stop.metric, which is empty")
     return problems
 
 
@@ -110,6 +123,8 @@ def _check_engine(config: Config) -> list[str]:
         problems += [f"engine.compile: {reason}" for reason in _not_to_compile(config)]
     if engine.kind != "deepspeed" and engine.zero_stage != 1:
         problems.append(f"engine.zero_stage: belongs to engine.kind: deepspeed, got {engine.kind}")
+    if engine.offload != "none":
+        problems += _not_to_offload(config)
     if engine.kind != "deepspeed" or engine.zero_stage < 3:
         return problems
     if config.model.lock_image or config.model.lock_text:
@@ -124,6 +139,21 @@ def _check_engine(config: Config) -> list[str]:
         if "local_logit" in TERMS.entry(term).needs
     ]
     return problems
+
+
+def _not_to_offload(config: Config) -> list[str]:
+    """Why nothing, or less, can be kept on the host."""
+    engine, path = config.engine, "engine.offload"
+    if engine.kind != "deepspeed":
+        return [f"{path}: belongs to engine.kind: deepspeed, got {engine.kind}"]
+    if engine.zero_stage == 0:
+        return [f"{path}: {engine.offload} moves what ranks divide, zero_stage: 0 divides nothing; use 1, 2 or 3"]
+    if engine.offload == "all" and engine.zero_stage < 3:
+        return [
+            f"{path}: all moves divided weights, zero_stage: {engine.zero_stage} keeps them whole on every rank; use "
+            "zero_stage: 3, or offload: optimizer"
+        ]
+    return []
 
 
 def _not_to_compile(config: Config) -> list[str]:
@@ -226,6 +256,31 @@ def _check_supervision(config: Config) -> list[str]:
         by_label = settings.get("positives") == "label" or settings.get("mask_same_label")
         if ("label" in needs or by_label) and not data.labels:
             problems.append(f"objective.{name} needs data.labels: true, got false")
+    return problems
+
+
+WEIGHED = ("infonce", "igc", "tgc")
+"""Terms that negatives' weights act in."""
+
+
+def _check_negatives(config: Config) -> list[str]:
+    """What is wrong with the choice and the weights of negatives."""
+    data, problems = config.data, []
+    named = {
+        "negative_policy": data.negative_policy != "uniform",
+        "negative_weights": data.negative_weights,
+        "online_negatives": bool(data.online_negatives),
+    }
+    if not data.negatives:
+        problems += [f"data.{name}: needs data.negatives ≥ 1, got 0" for name, given in named.items() if given]
+    if data.negative_policy == "hardest" and data.online_negatives:
+        problems.append("data.online_negatives: have no score to choose the hardest by; data.negative_policy: uniform")
+    if data.negative_weights and not set(WEIGHED) & set(config.objective):
+        problems.append(f"data.negative_weights: act in {', '.join(WEIGHED)}; the objective has none of these")
+    if data.online_negatives and data.text_features:
+        problems.append("data.online_negatives: have no stored features for data.text_features")
+    if data.online_negatives and data.teacher_features and "negative_text" in teacher_roles(config):
+        problems.append("data.online_negatives: have no stored embeddings for data.teacher_features")
     return problems
 
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import clipkit
-from clipkit.commands import data, evaluation, launch, negatives, planning, probes, runs
+from clipkit.commands import data, evaluation, export, hardness, launch, negatives, planning, probes, runs
 from clipkit.errors import PeerFailed, Stopped, UserError
 
 
@@ -52,6 +52,7 @@ app = _group(
         "zeroshot": evaluation.zeroshot,
         "compare": evaluation.compare,
         "merge": evaluation.merge,
+        "export": export.export,
         "probe": probes.probe,
         "sweep": runs.sweep,
         "methods": runs.list_methods,
@@ -79,7 +80,14 @@ GROUPS = {
     ),
     "negatives": (
         "Make and audit hard-negative captions.",
-        {"make": negatives.make, "ask": negatives.ask, "audit": negatives.audit},
+        {
+            "make": negatives.make,
+            "ask": negatives.ask,
+            "audit": negatives.audit,
+            "score": hardness.score,
+            "mine": hardness.mine,
+            "pictures": hardness.pictures,
+        },
     ),
     "world": ("The generated picture world.", {"build": data.build_world}),
     "bench": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -26,6 +26,7 @@ from clipkit.settings import (
     OptimConfig,
     Positive,
     Section,
+    StopConfig,
     TeacherConfig,
 )
 
@@ -60,14 +61,20 @@ class Config(Section):
     """Minutes after the last checkpoint (or the start) when another is due too, by the first rank's clock; 0: never."""
     save_async: bool = True
     """Write checkpoints while training goes on, from a copy in the main rank's memory."""
+    save_form: Literal["full", "sharded"] = "full"
+    """`full`: the main rank writes whole tensors; `sharded`: each rank what it holds, or an equal share, not gathered.
+    Any engine and number of ranks, and `clipkit.load`, read both."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: Count = 0
+    """Samples after which another checkpoint stays for good, the first that is saved then; 0: none does."""
     mirror: str = ""
     """Folder or URL (s3://, gs://, ...) that every checkpoint is copied to, and from where a lost run resumes."""
     evaluate_every: Count = 0
     """Samples between two evaluations while training; 0: none."""
     suite: str = ""
     """Benchmarks run by the evaluation hook: a suite name or file (eval/suites.yaml)."""
+    stop: StopConfig = StopConfig()
     roots: dict[str, str] = {}
     """Where benchmark sources lie: `source: path`."""
 

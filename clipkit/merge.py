@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.evaluation import pareto
 from clipkit.evaluation.report import write_report
 from clipkit.evaluation.result import Result
 from clipkit.evaluation.run import evaluate
@@ -24,6 +25,11 @@ class Merged:
     folder: Path
     shares: dict[str, float]
     results: list[Result] = field(default_factory=list)
+
+    @property
+    def point(self) -> pareto.Point | None:
+        """Recognition and composition, where both were evaluated."""
+        return pareto.point_of(self.results)
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,29 @@ def _report(made: Sequence[Merged], out: Path) -> None:
         write_report([(one.name, one.folder) for one in made], out / "report.html")
 
 
+def choice(made: Sequence[Merged], most_loss: float) -> Merged:
+    """What composes best of those that lose at most so much zero-shot accuracy (0 to 1) against the first.
+
+    Raises UserError where zero-shot and compositional benchmarks were not both evaluated.
+    """
+    return made[pareto.choose([one.point for one in made if one.point], most_loss)]
+
+
 def rows(made: Sequence[Merged]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of a table: every model with its headline numbers in percent, and where it lies."""
-    columns = ["model", *(f"{r.benchmark} {r.headline}" for r in made[0].results), "folder"]
-    lines = [[one.name, *(f"{100 * r.score.value:.1f}" for r in one.results), str(one.folder)] for one in made]
+    """Columns and rows of a table: every model with its headline numbers in percent, and where it lies.
+
+    With zero-shot and compositional benchmarks also what it loses and gains against the first, and whether another
+    model beats it in both.
+    """
+    points = [one.point for one in made if one.point]
+    traded = len(points) == len(made) > 1
+    columns = [f"{r.benchmark} {r.headline}" for r in made[0].results]
+    columns = ["model", *columns, *(["zero-shot loss", "compositional gain", "front"] if traded else []), "folder"]
+    best, lines = pareto.front(points), []
+    for n, one in enumerate(made):
+        line = [one.name, *(f"{100 * r.score.value:.1f}" for r in one.results)]
+        if traded:
+            loss, gain = points[0].recognition - points[n].recognition, points[n].composition - points[0].composition
+            line += [f"{100 * loss + 0.0:+.1f}", f"{100 * gain + 0.0:+.1f}", "yes" if n in best else ""]
+        lines.append([*line, str(one.folder)])
     return columns, lines

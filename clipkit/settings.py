@@ -44,6 +44,13 @@ class DataConfig(Section):
     """Hard-negative captions a pair (K); sampled from the shard's `negatives`, uniformly over kinds."""
     negative_kinds: list[str] = []
     """Kinds of negatives to draw from; empty: all that the shards hold."""
+    negative_policy: Literal["uniform", "hardest", "curriculum"] = "uniform"
+    """Which K: kinds in turn; those of the highest `score` (`clipkit negatives score`); or kinds in turn among an easy
+    share that grows from half of a caption's negatives to all of them, the highest score last."""
+    negative_weights: bool = False
+    """Read each negative's `weight` (`negatives audit --balance AUC --by weight`), for `infonce`, `igc` and `tgc`."""
+    online_negatives: list[str] = []
+    """Kinds of rules (`negatives make`) whose negatives are made while reading, anew each epoch, beside the shard's."""
     negative_images: Count = 0
     """Pictures of negatives a pair (J), of the first J negatives; those with a picture come first."""
     caption: Literal["sample", "first", "all"] = "sample"
@@ -224,6 +231,9 @@ class EngineConfig(Section):
     """`ddp` also covers a single process; `fsdp` divides weights, gradients and moments among ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What `deepspeed` divides: nothing, moments, gradients as well, weights as well."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What `deepspeed` keeps in the host's memory: moments, fp32 weights and the step (`optimizer`, from stage 1), and
+    the divided weights as well (`all`, stage 3). Slower; not on NVMe, where checkpoints could not gather it from."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What towers compute in; weights and moments are fp32. `fp16` scales the loss and may skip the first steps."""
     accumulate: Positive = 1
@@ -250,6 +260,20 @@ class GuardConfig(Section):
     """Such losses in a row after which the run goes back too; 0: they are only written down."""
     requeue_code: Annotated[int, Field(ge=1, le=255)] = 75
     """Exit status when SIGTERM or SIGUSR1 ended the run early: it has saved, `--resume` goes on (75: EX_TEMPFAIL)."""
+
+
+class StopConfig(Section):
+    """Ending a run when its evaluations (`evaluate_every`) no longer get better; the best weights stay in best/."""
+
+    metric: str = ""
+    """A benchmark of `suite` (its headline), BENCHMARK:METRIC, or `pareto`: the means of zero-shot and of compositional
+    headlines, where an evaluation is better when no earlier one has as much of both. Empty: no run ends early."""
+    patience: Positive = 3
+    """Evaluations in a row that are no better after which the run ends. The first is made before the first step."""
+    least: Share = 0.0
+    """By how much (0.01: one point) an evaluation must be above an earlier one to be better."""
+    most_loss: Share = 1.0
+    """With `pareto`: zero-shot accuracy that a better one may have lost against the first (0.01: one point)."""
 
 
 class AdversaryConfig(Section):

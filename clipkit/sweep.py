@@ -42,12 +42,19 @@ Cell = tuple[float, float, float]
 
 
 def run(
-    methods: Sequence[str], *, base: str, out: Path, seeds: Sequence[int], settings: Sequence[str] = ()
+    methods: Sequence[str],
+    *,
+    base: str,
+    out: Path,
+    seeds: Sequence[int],
+    settings: Sequence[str] = (),
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and evaluate every method with every seed under `out`; returns what `sweep.json` there holds.
 
-    `settings`: overrides of the base. A method that the base's data cannot serve gets the reason instead of figures.
-    Raises UserError for a base without benchmarks, and for configs that do not exist.
+    `settings`: overrides of the base. `kinds`: methods that take negatives run once for each, with negatives of that
+    kind (A+B: of these kinds) alone, as METHOD.KIND. A method that the base's data cannot serve gets the reason instead
+    of figures. Raises UserError for a base without benchmarks, and for configs that do not exist.
     """
     console = Console(stderr=True)
     common = configuration.load(base, tuple(settings))
@@ -58,9 +65,10 @@ def run(
     configs = {Path(method).stem: configuration.load(method) for method in methods}
     if len(configs) < len(methods):
         raise UserError(f"methods are told apart by their files' names; two of these are alike: {', '.join(methods)}")
+    configs = by_kind(configs, kinds)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {method: {"runs": []} for method in configs}
-    began, done, total = time.perf_counter(), 0, len(methods) * len(seeds)
+    began, done, total = time.perf_counter(), 0, len(configs) * len(seeds)
     for seed in seeds:
         for method, config in configs.items():
             left = (time.perf_counter() - began) / done * (total - done) / 60 if done else None
@@ -78,6 +86,19 @@ def run(
     tree = json.loads(text)
     (out / "sweep.md").write_text(markdown(tree))
     return tree
+
+
+def by_kind(configs: dict[str, Config], kinds: Sequence[str]) -> dict[str, Config]:
+    """Configs with negatives once for each of `kinds` (A+B: these), others as they are; all, where there are none."""
+    found = {}
+    for name, config in configs.items():
+        if not kinds or not config.data.negatives:
+            found[name] = config
+            continue
+        for group in kinds:
+            data = config.data.model_copy(update={"negative_kinds": group.split("+")})
+            found[f"{name}.{group}"] = config.model_copy(update={"data": data})
+    return found
 
 
 def on(method: Config, base: Config, folder: Path, seed: int) -> Config:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a folder of raw tars to everything the real runs need: photographs and drawn scenes as shards, hard negatives,
-# benchmark rows and pictures. Two and a half minutes of CPU time.
+# benchmark rows and pictures. Three and a half minutes of CPU time.
 #   examples/prepare_shared_data.sh [DATA]      DATA: the folder to fill, default data/
 # The raw tars (Flickr8k, COCO subset, SugarCrepe rows, CoDraw scenes, ...) lie in $CLIPKIT_SHARED/data.
 set -euo pipefail
@@ -16,13 +16,15 @@ ln -sf "$raw"/*.tar "$raw"/*.safetensors "$data"
 # Flickr8k: 6,000 training photographs, five captions each; negatives beside the captions.
 clipkit negatives make "$data"/flickr8k_train-*.tar --out "$data/flickr8k" --per-kind 2 --workers 2
 
-# Abstract Scenes: drawn from their pieces; the scenes of the minimal pairs stay out.
+# Abstract Scenes: drawn from their pieces; the scenes of the minimal pairs stay out. Once more with exact counterfactuals.
 plain=$(mktemp -d "$data/plain.XXXXXX")
 trap 'rm -rf "$plain"' EXIT
 scenes=(shards build "$data/codraw_scenes.tar" --from abstract_scenes --out "$plain")
 clipkit "${scenes[@]}" --set split=train --name train
 clipkit "${scenes[@]}" --set split=val --set per_scene=5 --name dev
 clipkit negatives make "$plain"/*.tar --out "$data/abstract_scenes" --per-kind 2 --workers 2
+exchanges=(--set counterfactuals=true --set names=0.3 --set statements=4 --overwrite)
+clipkit shards build "$data/codraw_scenes.tar" --from abstract_scenes --out "$data/abstract_exchanges" --name train "${exchanges[@]}"
 
 # Compositional rows, in the versions that eval/compositional/ describes.
 convert() { clipkit bench convert "$@" --out "$data/bench"; }

@@ -13,9 +13,11 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,20 @@ def run_ranks(fn: Callable[[int, int], Any], world: int, *, timeout_s: float = 3
     `fn` and its arguments travel by pickle: a module-level function, or `functools.partial` of one. The first
     exception of a rank is raised here, and the other ranks are ended. TimeoutError after `timeout_s`.
     """
+    with started(fn, world, timeout_s=timeout_s) as (_, readers):
+        return _collect(readers, timeout_s)
+
+
+@contextmanager
+def started(
+    fn: Callable[[int, int], Any], world: int, *, timeout_s: float
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
+    """The ranks of `run_ranks` while they run, and what will bring their results; in the end all are ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "clipkit.training.loop"])
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        ranks = [
+        ranks: list[BaseProcess] = [
             context.Process(target=_rank, args=(fn, rank, world, Path(folder, "init"), timeout_s, end))
             for rank, (_, end) in enumerate(pipes)
         ]
@@ -42,7 +53,7 @@ def run_ranks(fn: Callable[[int, int], Any], world: int, *, timeout_s: float = 3
             for process, (_, end) in zip(ranks, pipes):
                 process.start()
                 end.close()
-            return _collect([reader for reader, _ in pipes], timeout_s)
+            yield ranks, [reader for reader, _ in pipes]
         finally:
             for process in ranks:
                 process.kill()

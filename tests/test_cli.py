@@ -349,6 +349,14 @@ def test_world_settings_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert said.splitlines() == ["part\tholds", "train\t5 pairs", "eval/dev\t2 rows 1 pictures"]
 
 
+def test_export_writes_a_model_that_loads_again(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "alone"
+    assert well("export", model, "--to", "clipkit", "--out", out) == f"{out}: clipkit, embeds as {model}\n"
+    assert sorted(file.name for file in out.iterdir()) == ["model.json", "model.safetensors"]
+    assert "is there already" in wrong("export", out, "--to", "open_clip", "--out", out)
+    assert "holds no teacher" in wrong("export", model, "--teacher", "--to", "clipkit", "--out", tmp_path / "other")
+
+
 # zeroshot, eval, bench
 
 

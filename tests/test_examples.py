@@ -37,3 +37,17 @@ def test_search_returns_the_nearest_pictures_first(tmp_path: Path) -> None:
     values, best = similarity.topk(3)
     assert [path for _, path in found] == [paths[i] for i in best.tolist()]
     assert torch.allclose(torch.tensor([cosine for cosine, _ in found]), values, atol=1e-6)
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    """The example's model gives what open_clip's gives."""
+    import open_clip
+
+    torch.manual_seed(0)
+    own = example("own_model").model()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    tokens = open_clip.get_tokenizer("ViT-S-32-alt")(["a red boat"])
+    with torch.inference_mode():
+        assert torch.equal(own.embed_texts(["a red boat"]), own.model.encode_text(tokens))
+    assert own.embed_images([image]).shape == own.embed_texts(["a red boat"]).shape
+    assert 10 < own.scale < 20

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from clipkit import config as configuration
 from clipkit import launch
+from tests.launch import schema
 from tests.typed import run, well, wrong
 
 SCRIPTS = Path(__file__).parents[1] / "launch"
@@ -279,6 +281,32 @@ def test_the_job_is_as_kubernetes_wants_it(tmp_path: Path) -> None:
     started = check_command(documents, container, tmp_path)
     assert "NNODES=4 MASTER_ADDR=clipkit-my-run-1-0.clipkit-my-run-1 MASTER_PORT=29400 NPROC=2 " in started
     assert started.rstrip().endswith("config.yaml --resume") and service["ports"][0]["port"] == 29400
+
+
+@pytest.mark.parametrize("place", ["k8s", "pytorchjob"])
+def test_every_field_is_one_of_the_api(place: str) -> None:
+    for document in manifest(place, "--nodes", "2", "--gpus", "8").values():
+        schema.check(document)
+
+
+@pytest.mark.parametrize("place", ["k8s", "pytorchjob"])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda container: container.update(workDir="/"), "no such field: workDir"),
+        (lambda container: container.update(command="clipkit"), "command: 'clipkit' is a str"),
+        (lambda container: container.pop("name"), "`name`, must not be `None`"),
+        (lambda container: container["env"].append({"name": "A", "value": 1}), "value: 1 is a int"),
+    ],
+)
+def test_what_the_api_would_refuse_is_seen(place: str, spoil: Callable[[dict[str, Any]], None], said: str) -> None:
+    documents = manifest(place, "--nodes", "2", "--gpus", "8")
+    kind = "Job" if place == "k8s" else "PyTorchJob"
+    spec = documents[kind]["spec"]
+    replica = spec if place == "k8s" else spec["pytorchReplicaSpecs"]["Worker"]
+    spoil(replica["template"]["spec"]["containers"][0])
+    with pytest.raises(ValueError, match=said):
+        schema.check(documents[kind])
 
 
 @pytest.mark.parametrize(("requeue", "shown"), [(75, [75, 143]), (200, [143, 200]), (143, [143]), (2, [2, 143])])

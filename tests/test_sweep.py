@@ -92,6 +92,18 @@ def test_conditions_without_benchmarks_and_strange_files(base: dict[str, Any], t
         sweep.read(tmp_path / "x.json")
 
 
+def test_by_kind_runs_what_takes_negatives_once_a_kind(base: dict[str, Any], tmp_path: Path):
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(base))
+    kinds = ("swap", "replace+shuffle")
+    tree = sweep.run(["clip", "negclip"], base=str(file), out=tmp_path / "sweep", seeds=(0,), kinds=kinds)
+    assert list(tree["methods"]) == ["clip", "negclip.swap", "negclip.replace+shuffle"]
+    for group in kinds:
+        config = configuration.load(tmp_path / f"sweep/negclip.{group}/0/config.yaml")
+        assert config.data.negative_kinds == group.split("+") and config.data.negatives == base["data"]["negatives"]
+    assert all(len(method["runs"]) == 1 for method in tree["methods"].values())
+
+
 def test_zero_shot_is_the_mean_of_independent_sets():
     from clipkit.evaluation.result import Metric
 
@@ -111,8 +123,10 @@ def test_sweep_takes_methods_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_p
     )
     assert calls.pop() == (
         ["clip", "degla"],
-        {"base": "mine", "out": tmp_path, "seeds": [0, 2], "settings": ["samples=64"]},
+        {"base": "mine", "out": tmp_path, "seeds": [0, 2], "settings": ["samples=64"], "kinds": []},
     )
+    well("sweep", "clip", "--by-kind", "swap_nouns,negate+reshuffle")
+    assert calls.pop()[1]["kinds"] == ["swap_nouns", "negate+reshuffle"]
     well("sweep")
     assert calls.pop()[0] == methods.every()
     assert "--seeds 0,x: should be whole numbers" in wrong("sweep", "clip", "--seeds", "0,x")

@@ -33,20 +33,24 @@ def evaluate(
         str | None, typer.Option(metavar="PATH", help="Pictures it has seen (names, JSON, shards): split by them.")
     ] = None,
     no_start: Annotated[bool, typer.Option("--no-start", help="Leave out the model that a run started from.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep embeddings; a second call goes on from them.")] = False,
 ) -> None:
     """Score a model on benchmarks.
+
+    MODEL may also be FILE.py:FUNCTION that returns one (examples/own_model.py), or a transformers folder of two towers.
+    --cache keeps embeddings in $CLIPKIT_CACHE/embeddings, by the model's weights and what pictures and texts hold.
 
     Of a run that began from another model, that one too: RUN/start/results, and the differences in RUN/forgetting.json.
     """
     if not suite and not benchmark:
         raise UserError("name a --suite or a --benchmark; `clipkit bench list` shows them")
     from clipkit.evaluation.forgetting import differences, run_of, start_of
+    from clipkit.evaluation.own import open_model
     from clipkit.evaluation.run import evaluate
-    from clipkit.model.load import load
 
     def score(reference: str, folder: Path | None) -> list[Any]:
         return evaluate(
-            load(reference),
+            open_model(reference),
             suite=suite,
             benchmarks=benchmark,
             roots=pairs(root, "--root"),
@@ -56,6 +60,7 @@ def evaluate(
             model_name=reference,
             trained_on=trained_on,
             show=json_path != STDOUT,
+            cache=cache,
         )
 
     run = run_of(model)
@@ -103,17 +108,24 @@ def zeroshot(
     templates: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts with {}, one a line.")] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Classes shown a picture.")] = 3,
     none_below: Annotated[float | None, typer.Option(metavar="S", help="None of these, if less similar.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write .csv or .jsonl, and go on with it.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Class folders whose pictures make probabilities true.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write .csv, .jsonl or .parquet, and go on with it.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write thumbnails by class as HTML.")] = None,
     json_path: Json = None,
 ) -> None:
     """Say which class each picture shows.
 
     With --out, very many: rows are written batch by batch, and the same call again goes on where the last one ended.
+    Probabilities are a softmax at the model's scale; with --calibrate at the scale that fits pictures of known class.
     """
     if sum(given is not None for given in (classes, classes_file, dataset)) != 1:
         raise UserError("give one of --classes A,B,..., --classes-file FILE, --dataset NAME")
-    from clipkit.evaluation.zeroshot import Answers, classify, collect
-    from clipkit.model.load import load
+    from clipkit.evaluation.own import open_model
+    from clipkit.evaluation.zeroshot import Answers, each
 
     if out and json_path:
         raise UserError("--out and --json: give one of them")
@@ -122,22 +134,31 @@ def zeroshot(
     if dataset:
         names, own = _classes_of(dataset)
         prompts = templates or own
-    progress, given = sys.stderr.isatty(), list(_with_stdin(images))
-    if out:
-        from clipkit.evaluation.sheet import write_answers
+    progress, given = sys.stderr.isatty(), _with_stdin(images)
+    answers = Answers(open_model(model), names, prompts, top=top, none_below=none_below)
+    if calibrate:
+        from clipkit.evaluation.labelled import read_labelled
 
-        answers = Answers(load(model), names, prompts, top=top, none_below=none_below)
-        pictures = [one for one in collect(given) if isinstance(one, Path)]  # what is typed are names of files
-        done = write_answers(answers, pictures, out, about=model, progress=progress)
+        fitted = answers.calibrate(read_labelled(calibrate))
+        print(", ".join(f"{what} {value:.4g}" for what, value in fitted.items()), file=sys.stderr)
+    if out:
+        from clipkit.evaluation.sheet import read_answers, write_answers
+
+        done = write_answers(answers, each(given), out, about=model, progress=progress)
         print_table(["", str(out)], list(done.items()))
-        return
-    found = classify(load(model), given, names, prompts, top=top, none_below=none_below, progress=progress)
-    if json_path:
-        write_json(found, json_path)
-    if json_path != STDOUT:
-        rows = [(picture["image"], *map(_answer, picture["classes"])) for picture in found]
-        columns = ["picture", "class", *(f"{n}." for n in range(2, len(rows[0])))]
-        print_table(columns, rows)
+        found = read_answers(out)
+    else:
+        found = answers.to(list(given), progress=progress)
+        if json_path:
+            write_json(found, json_path)
+        if json_path != STDOUT:
+            rows = [(picture["image"], *map(_answer, picture["classes"])) for picture in found]
+            columns = ["picture", "class", *(f"{n}." for n in range(2, len(rows[0])))]
+            print_table(columns, rows)
+    if sheet:
+        from clipkit.evaluation.gallery import write_gallery
+
+        write_gallery(found, sheet, f"Answers of {model}.")
 
 
 def _with_stdin(arguments: Iterable[str]) -> Iterable[str]:
@@ -184,11 +205,16 @@ def merge(
     benchmark: Names = None,
     root: Roots = None,
     allow_missing: Missing = False,
+    most_loss: Annotated[
+        float | None, typer.Option(metavar="POINTS", min=0, help="Choose by composition, with no more zero-shot loss.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Merge models of one architecture by their weights.
 
     Two models at several shares (WiSE-FT), or a soup; with benchmarks, a table and a report of what each scores.
+    With zero-shot and compositional ones it is the Pareto sweep: loss of the one and gain of the other against the
+    first. --most-loss names the model that composes best among those that lose no more zero-shot accuracy.
     """
     if (soup == "greedy") != (held_out is not None):
         raise UserError("--soup greedy and --held-out NAME belong together")
@@ -204,17 +230,22 @@ def merge(
         made = merge.greedy_soup(models, held_out, out, on)
     else:
         made = merge.interpolate(models[0], models[1], shares, out, on)
+    chosen = merge.choice(made, most_loss / 100) if most_loss is not None else None
     if json_path:
         scores = [{r.benchmark: asdict(r.score) | {"metric": r.headline} for r in one.results} for one in made]
         write_json(
             [
                 {"model": one.name, "folder": str(one.folder), "shares": one.shares, "scores": found}
+                | ({"point": asdict(one.point)} if one.point else {})
+                | ({"chosen": one is chosen} if chosen else {})
                 for one, found in zip(made, scores, strict=True)
             ],
             json_path,
         )
     if json_path != STDOUT:
         print_table(*merge.rows(made))
+        if chosen:
+            print(f"chosen, with at most {most_loss:g} points of zero-shot loss: {chosen.name}, {chosen.folder}")
 
 
 def _shares(text: str) -> list[float]:
@@ -280,14 +311,22 @@ def convert(
 
 def folders(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A zero-shot benchmark.")],
-    data: Annotated[Path, typer.Argument(metavar="ROOT", help="What torchvision's dataset takes as its root.")],
+    data: Annotated[Path, typer.Argument(metavar="SOURCE", help="The dataset's root; tars or parquet files.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for NAME.tar.")] = Path("data"),
+    form: Annotated[
+        Literal["torchvision", "webdataset", "parquet"], typer.Option("--from", help="What SOURCE is.")
+    ] = "torchvision",
     download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch it first.")] = False,
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="Of parquet: where the class's number is.")] = "label",
 ) -> None:
-    """Turn a torchvision dataset into class folders."""
+    """Turn a published set of labelled pictures into class folders.
+
+    From torchvision's dataset, from webdataset's tars (KEY.cls beside KEY.jpg), or from parquet files as Hugging Face's
+    datasets come: a file, a folder or a glob.
+    """
     from clipkit.evaluation.folders import export
 
-    print_table(["", name], list(export(name, data, out, download=download).items()))
+    print_table(["", name], list(export(name, data, out, form=form, download=download, label=label).items()))
 
 
 def check(

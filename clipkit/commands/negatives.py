@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
     from clipkit.negatives.audit.stored import Stored
     from clipkit.negatives.llm import Cost
+
+
+class Balancing(str, Enum):
+    """How `audit --balance` takes away what the text tells."""
+
+    DROP = "drop"
+    WEIGHT = "weight"
 
 
 def make(
@@ -52,13 +60,21 @@ def make(
 def ask(
     shards: Shards,
     out: Out,
-    url: Annotated[str, typer.Option(metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1.")],
-    model: Annotated[str, typer.Option(metavar="NAME", help="The model, as the server calls it.")],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="The model, as the server calls it; with --local a folder or hub name.")
+    ],
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1.")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run the model here, by transformers, without a server.")
+    ] = False,
     kinds: Annotated[
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help="Default: the five of DeGLA. Also paraphrase and paraphrase_again: further captions, for ParaCLIP.",
+            help="Default: DeGLA's five. Also paraphrase, paraphrase_again (ParaCLIP); long_description, "
+            "short_description, long_negative, short_negative, tags, false_tags (HQ-CLIP).",
         ),
     ] = None,
     per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of each kind a caption.")] = 1,
@@ -90,6 +106,8 @@ def ask(
     where one was ended, and asks nothing twice that was answered. Look at some first (--limit 100, then shards show
     --html), then at the cost (--estimate). Negatives of other sources stay.
     """
+    if not estimate and local == (url is not None):
+        raise UserError("either --url URL, a server, or --local, the model run here")
     from clipkit.negatives import llm
 
     free = {name: _json(value) for name, value in pairs(settings, "--set").items()}
@@ -100,7 +118,14 @@ def ask(
         _print_costs(llm.estimate(shards, out, wish, answers), prices, json_path)
         return
     report = llm.ask(
-        shards, out, wish, url=url, file=answers, concurrency=concurrency, per_minute=rate, timeout_s=timeout
+        shards,
+        out,
+        wish,
+        url=None if local else url,
+        file=answers,
+        concurrency=concurrency,
+        per_minute=rate,
+        timeout_s=timeout,
     )
     if json_path:
         write_json(report.to_json(), json_path)
@@ -136,6 +161,21 @@ def audit(
     above: Annotated[
         float, typer.Option("--alike", metavar="COSINE", help="Of --guide: alike are texts above it.")
     ] = 0.98,
+    fluent: Annotated[
+        str | None,
+        typer.Option(
+            "--plausible",
+            metavar="MODEL",
+            help="Leave out negatives that this language model (transformers) finds less likely than their captions.",
+        ),
+    ] = None,
+    nats: Annotated[
+        float,
+        typer.Option("--nats", metavar="N", help="Of --plausible: less likely by more than so many nats a token."),
+    ] = 1.0,
+    by: Annotated[
+        Balancing, typer.Option("--by", help="Of --balance: drop negatives, or write weights for all (docs/shards.md).")
+    ] = Balancing.DROP,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the shards with what is left.")
     ] = None,
@@ -149,28 +189,33 @@ def audit(
     A classifier over words, word pairs, letters and lengths is fitted on some pictures and asked about others. What it
     can tell, training can learn without looking at the picture.
     """
-    if (target is None and guide is None) != (out is None):
-        raise UserError("--out DIR belongs to --balance AUC or --guide MODEL")
+    if (target is None and guide is None and fluent is None) != (out is None):
+        raise UserError("--out DIR belongs to --balance AUC, --guide MODEL or --plausible MODEL")
     if out is not None and sample is not None:
         raise UserError("--sample: to write shards all negatives are judged; leave it out")
     import numpy as np
 
     from clipkit.data.shards import write_atomic
     from clipkit.negatives.audit import audit
-    from clipkit.negatives.audit.balancing import balance, write_balanced
+    from clipkit.negatives.audit.balancing import balance, reweigh, write_balanced
     from clipkit.negatives.audit.page import BALANCED, COLUMNS, page
     from clipkit.negatives.audit.stored import read_stored
 
     stored = read_stored(shards, sample=sample, seed=seed)
     stays = np.ones(len(stored.texts), bool)
-    if guide is not None:
-        stays, stored = _guided(stored, guide, above)
-    found, balanced = audit(stored, seed=seed), None
+    for judge, drop, threshold in ((guide, _guided, above), (fluent, _plausible, nats)):
+        if judge is not None:
+            left, stored = drop(stored, judge, threshold)
+            stays[stays] = left
+    found, balanced, weights = audit(stored, seed=seed), None, None
     if target is not None:
-        balanced = balance(stored, target, seed=seed)
+        balanced = (balance if by is Balancing.DROP else reweigh)(stored, target, seed=seed)
+        if balanced.weights is not None:
+            weights = stays.astype(float)
+            weights[stays] = balanced.weights
         stays[stays] = balanced.stays
     if out is not None:
-        write_balanced(shards, out, stays, overwrite=overwrite)
+        write_balanced(shards, out, stays, weights=weights, overwrite=overwrite)
     if html:
         write_atomic(html, page(found, ", ".join(shards), balanced).encode())
     if json_path:
@@ -181,6 +226,19 @@ def audit(
         if balanced:
             tables.append((f"balanced, in {out}", BALANCED, [k.row(name) for name, k in balanced.kinds.items()]))
         print_tables(tables)
+
+
+def _plausible(stored: Stored, name: str, above: float) -> tuple[np.ndarray, Stored]:
+    """Which negatives the language model leaves, and only those; says how many of each kind it finds unlikely."""
+    from clipkit.negatives.audit.guide import by_kind
+    from clipkit.negatives.audit.plausible import Fluency, implausible
+
+    gone = implausible(stored, Fluency.load(name), above)
+    counts = ", ".join(f"{count} {kind}" for kind, count in by_kind(stored, gone).most_common())
+    print(f"{gone.sum()} of {len(gone)} negatives are unlikely for {name}: {counts}", file=sys.stderr)
+    if gone.all():
+        raise UserError(f"--nats {above}: leaves no negative")
+    return ~gone, stored.without(gone)
 
 
 def _guided(stored: Stored, guide: str, above: float) -> tuple[np.ndarray, Stored]:

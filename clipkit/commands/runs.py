@@ -97,11 +97,16 @@ def sweep(
     ] = ("world_sweep"),
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything is written.")] = Path("sweep"),
     seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Every method is trained with each.")] = "0",
+    kinds: Annotated[
+        str | None,
+        typer.Option("--by-kind", metavar="A,B+C,...", help="With negatives: once for each of these kinds alone."),
+    ] = None,
 ) -> None:
     """Compare methods under equal conditions.
 
     Each is trained and evaluated on the data, from the start, for the steps and with the optimizer of one config;
-    sweep.md and sweep.json hold the table. What is there already is not done again.
+    sweep.md and sweep.json hold the table. What is there already is not done again. What each kind
+    of negatives teaches: clip degla --by-kind swap_nouns,replace_nouns,swap_adjectives+swap_nouns.
     """
     given = methods or []
     names = [item for item in given if "=" not in item]
@@ -112,7 +117,8 @@ def sweep(
 
     chosen = [int(seed) for seed in words(seeds)]
     overrides = [item for item in given if "=" in item]
-    print(markdown(run(names or described.every(), base=base, out=out, seeds=chosen, settings=overrides)), end="")
+    tree = run(names or described.every(), base=base, out=out, seeds=chosen, settings=overrides, kinds=words(kinds))
+    print(markdown(tree), end="")
 
 
 def list_methods(

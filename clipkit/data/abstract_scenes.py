@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit.data import counterfactuals as exact
 from clipkit.data.build import Sample, encode_jpeg
 from clipkit.data.files import Files
 from clipkit.errors import UserError
@@ -78,10 +79,14 @@ class AbstractScenes:
 
     def render(self, number: int, size: int) -> Image:
         """Scene `number` as an RGB picture of `size` x `size` pixels, the whole canvas squashed into it."""
+        return self.draw(parse(self.records[number]["scene"]), size)
+
+    def draw(self, pieces: list[Piece], size: int) -> Image:
+        """Any pieces, in the same way."""
         from PIL.Image import Resampling
 
         canvas = self._background.copy()
-        for piece in paint_order(parse(self.records[number]["scene"])):
+        for piece in paint_order(pieces):
             picture = self._variant(piece)
             corner = (round(piece.x - picture.width / 2), round(piece.y - picture.height / 2))
             canvas.paste(picture, corner, picture)
@@ -138,11 +143,18 @@ def abstract_scenes(
     per_scene: int = 8,
     max_words: int = 45,
     seed: int = 0,
+    names: float = 0.0,
+    statements: int = 0,
+    counterfactuals: bool = False,
 ) -> Iterator[Sample]:
     """Scenes of one split as `size` x `size` JPEGs, each with up to `per_scene` captions of at most `max_words` words.
 
     A caption is one to three consecutive messages of the Teller, cleaned. Scenes of minimal pairs appear in no split
     but `test`; scenes whose Teller never describes anything are left out.
+
+    `names`: share of captions that call the children Mike and Jenny; `statements`: short captions made of the pieces
+    ("mike is sad"), so many a scene. `counterfactuals`: the two children exchanged, whole, their faces or their poses,
+    as pictures of negatives (KEY.negative0.jpg), with captions that are true of those alone.
     """
     data = AbstractScenes(Files(path))
     chosen = [number for number, record in data.records.items() if record["split"] == split]
@@ -155,9 +167,44 @@ def abstract_scenes(
         messages = [text for message in record["messages"] if (text := clean(message))]
         captions = captions_of(messages, per_scene, max_words, random.Random(f"{seed}/{number}"))
         if captions:
-            pieces = [asdict(piece) for piece in parse(record["scene"])]
-            jpeg = encode_jpeg(data.render(number, size))
-            yield Sample(f"{number:05d}", jpeg, "jpg", captions, {"scene": {"pieces": pieces}})
+            pieces = parse(record["scene"])
+            sample = Sample(f"{number:05d}", encode_jpeg(data.draw(pieces, size)), "jpg", captions)
+            sample.extra["scene"] = {"pieces": [asdict(piece) for piece in pieces]}
+            if names or statements:
+                _own_words(sample, pieces, names, statements, random.Random(f"{seed}/{number}/words"))
+            if counterfactuals:
+                _add_counterfactuals(sample, pieces, data, size)
+            yield sample
+
+
+MESSAGE, STATEMENT = "message", "statement"
+"""Kinds of captions, where both are there."""
+
+
+def _own_words(sample: Sample, pieces: list[Piece], names: float, statements: int, rng: random.Random) -> None:
+    """Names for some captions' children, and statements behind the captions."""
+    sample.captions[:] = dict.fromkeys(exact.named(caption, names, rng) for caption in sample.captions)
+    said = list(dict.fromkeys(exact.statements(pieces, rng)))[:statements]
+    sample.extra["caption_kinds"] = [MESSAGE] * len(sample.captions) + [STATEMENT] * len(said)
+    sample.captions += said
+
+
+def _add_counterfactuals(sample: Sample, pieces: list[Piece], data: AbstractScenes, size: int) -> None:
+    """Pictures with the children exchanged, and for each caption those of them that it is false of."""
+    negatives: list[list[dict[str, Any]]] = [[] for _ in sample.captions]
+    for other in exact.counterfactuals(pieces):
+        texts = [exact.said_of(caption, other) for caption in sample.captions]
+        if any(texts):
+            number = len(sample.negative_images)
+            sample.negative_images[f"negative{number}.jpg"] = encode_jpeg(data.draw(other.pieces, size))
+            for group, text in zip(negatives, texts):
+                if text:
+                    group.append({"text": text, "kind": f"exchange_{other.kind}", "source": SCENE, "picture": number})
+    sample.extra["negatives"] = negatives
+
+
+SCENE = "scene"
+"""The `source` of negatives that were drawn."""
 
 
 def captions_of(messages: list[str], count: int, max_words: int, rng: random.Random) -> list[str]:

@@ -32,6 +32,8 @@ class Batch:
     valid: Bool[Tensor, "n k"] | None = None
     negative_kind: Int64[Tensor, "n k"] | None = None
     """`kind_number` of each negative; -1 where there is none."""
+    negative_weight: Float[Tensor, "n k"] | None = None
+    """What each negative counts (`data.negative_weights`); 1 where the shard says nothing."""
     negative_image: UInt8[Tensor, "n j c h w"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
     view_image: UInt8[Tensor, "n v c h w"] | None = None

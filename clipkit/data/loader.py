@@ -21,7 +21,7 @@ from clipkit.data.decode import Preprocess
 from clipkit.data.features import FeatureStore
 from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
-from clipkit.data.reader import Reader
+from clipkit.data.reader import Online, Reader
 from clipkit.data.shards import Index
 from clipkit.data.stack import stack
 from clipkit.data.tokenize import Tokenizer
@@ -35,7 +35,10 @@ FIRST = 64
 
 
 class Loader:
-    """Batches of one rank. Raises UserError when the global batch does not divide evenly over the ranks."""
+    """Batches of one rank. Raises UserError when the global batch does not divide evenly over the ranks.
+
+    `steps`: of the whole run, which a curriculum is spread over; 0: it is over from the first.
+    """
 
     def __init__(
         self,
@@ -50,12 +53,14 @@ class Loader:
         world: int = 1,
         features: FeatureStore | np.ndarray | None = None,
         teacher_roles: Sequence[str] = (),
+        online: Online | None = None,
+        steps: int = 0,
     ):
         if plan.batch_size % world:
             raise UserError(f"batch_size: {plan.batch_size} pairs cannot be split evenly over {world} ranks")
         self.workers = data.workers
-        reader = Reader(index, plan.ranges, data, preprocess, seed, features, teacher_roles)
-        self._steps = _Steps(plan, rank, world, reader, tokenizer)
+        reader = Reader(index, plan.ranges, data, preprocess, seed, features, teacher_roles, online)
+        self._steps = _Steps(plan, rank, world, reader, tokenizer, steps)
 
     def steps(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the global steps start ... stop-1, over as many epochs as that takes.
@@ -93,8 +98,8 @@ def check_first(index: Index, plan: Plan | Mixture, data: DataConfig) -> None:
 class _Steps(Dataset):
     """Global step → this rank's slice of the global batch."""
 
-    def __init__(self, plan: Plan | Mixture, rank: int, world: int, reader: Reader, tokenizer: Tokenizer):
-        self.plan, self.reader, self.tokenizer = plan, reader, tokenizer
+    def __init__(self, plan: Plan | Mixture, rank: int, world: int, reader: Reader, tokenizer: Tokenizer, steps: int):
+        self.plan, self.reader, self.tokenizer, self.steps = plan, reader, tokenizer, steps
         share = plan.batch_size // world
         self.slice = slice(rank * share, (rank + 1) * share)
 
@@ -104,7 +109,8 @@ class _Steps(Dataset):
         try:
             if self.reader.index.remote:
                 self.reader.index.prefetch(ids, self.reader.wanted)
-            rows = self.reader.rows(ids, epochs, skipped)
+            progress = min(1.0, step / self.steps) if self.steps else 1.0
+            rows = self.reader.rows(ids, epochs, skipped, progress)
             return stack(rows, self.reader.data, self.tokenizer, skipped)
         except UserError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback

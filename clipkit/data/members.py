@@ -5,7 +5,8 @@ KEY.json holds, all optional:
     captions        all of them (without it `caption`, without that KEY.txt)
     caption_kinds   one per caption: what it is, e.g. "short", "long", "de"
     relevance       a number ≥ 0, or one per caption: how well it fits (default 1)
-    negatives       one list per caption of {"text", "kind", "source", "picture"}; only "text" must be there;
+    negatives       one list per caption of {"text", "kind", "source", "picture", "score", "weight"}; only "text" must
+                    be there; "score": how hard it is, "weight" (≥ 0): what it counts;
                     "picture": j says that KEY.negativeJ.jpg (or png, webp) shows what this negative says
     group           name of the picture, where several pairs show the same one
     alternates      keys of other pairs, whose pictures are like this one
@@ -97,7 +98,9 @@ def read_sheet(members: Mapping[str, bytes]) -> Sheet:
     if not sheet.usable():
         raise Unreadable("empty caption")
     if not _well_formed(sheet.negatives):
-        raise Unreadable('broken json: negatives should be one list per caption of {"text": ..., "picture": number}')
+        raise Unreadable(
+            'broken json: negatives should be one list per caption of {"text": ..., "picture": number}, weights ≥ 0'
+        )
     if not isinstance(found := record.get("alternates", []), list) or not all(isinstance(key, str) for key in found):
         raise Unreadable(f"broken json: alternates should be a list of keys, found {found!r:.80}")
     if sheet.group is not None:
@@ -172,4 +175,7 @@ def _is_negative(negative: Any) -> bool:
     if not isinstance(negative, dict) or not isinstance(negative.get("text"), str):
         return False
     picture = negative.get("picture", 0)
-    return isinstance(picture, int) and not isinstance(picture, bool) and picture >= 0
+    numbers = [negative[name] for name in ("weight", "score") if name in negative]
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < float("inf") for n in numbers):
+        return False
+    return isinstance(picture, int) and not isinstance(picture, bool) and min(picture, negative.get("weight", 0)) >= 0

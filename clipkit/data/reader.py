@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from clipkit.data.tags import vocabulary
 from clipkit.errors import UserError
 from clipkit.settings import DataConfig
 
+START = 0.5
+"""Share of a caption's negatives, the easiest, that a curriculum begins with."""
 PATIENCE = 1000
 """So many unreadable samples in a row are no accident: the data is wrong."""
 NAMED_GROUP = 1 << 62
@@ -65,6 +67,12 @@ class Row:
     """Embeddings out of the shard by their name in `Batch`: [f], of further texts as many rows as there are."""
 
 
+class Online(Protocol):
+    """Negatives made while reading: those of a caption of a sheet, a function of (seed, epoch, id) besides."""
+
+    def __call__(self, sheet: Sheet, caption: int, id: int, epoch: int) -> list[dict[str, Any]]: ...
+
+
 @dataclass
 class Reader:
     """Reads and draws; holds no state of its own, so that workers may each have a copy."""
@@ -78,6 +86,8 @@ class Reader:
     features: FeatureStore | np.ndarray | None
     teacher_roles: Sequence[str] = ()
     """What a precomputed teacher is asked for."""
+    online: Online | None = None
+    """Makes `data.online_negatives`."""
 
     def __post_init__(self) -> None:
         self._requests = requests(self.data, self.teacher_roles)
@@ -85,12 +95,17 @@ class Reader:
         """The members of a pair that are read."""
         self._ids = self.index.ids() if self.data.alternates else {}
 
-    def rows(self, ids: Sequence[int], epochs: Sequence[int], skipped: list[tuple[str, str]]) -> list[Row]:
-        """The `usable` rows of these ids; with `data.alternates` a similar pair of each behind them, in their order."""
-        rows = [self.usable(id, epoch, skipped) for id, epoch in zip(ids, epochs)]
+    def rows(
+        self, ids: Sequence[int], epochs: Sequence[int], skipped: list[tuple[str, str]], progress: float = 1.0
+    ) -> list[Row]:
+        """The `usable` rows of these ids; with `data.alternates` a similar pair of each behind them, in their order.
+
+        `progress`: the share of the run that is done, for a curriculum.
+        """
+        rows = [self.usable(id, epoch, skipped, progress) for id, epoch in zip(ids, epochs)]
         if self.data.alternates:
             similar = [self.alternate(row, epoch) for row, epoch in zip(rows, epochs)]
-            rows += [self.usable(id, epoch, skipped) for id, epoch in zip(similar, epochs)]
+            rows += [self.usable(id, epoch, skipped, progress) for id, epoch in zip(similar, epochs)]
         return rows
 
     def alternate(self, row: Row, epoch: int) -> int:
@@ -103,13 +118,13 @@ class Reader:
             )
         return here[int(bits(1, self.seed, "alternate", epoch, row.id)[0] % len(here))]
 
-    def usable(self, id: int, epoch: int, skipped: list[tuple[str, str]]) -> Row:
+    def usable(self, id: int, epoch: int, skipped: list[tuple[str, str]], progress: float = 1.0) -> Row:
         """The row of `id`, or of the next readable id of its source (cyclic), noting each that is not."""
         home = next(span for span in self.ranges if id in span)
         for turn in range(min(PATIENCE, len(home))):
             candidate = home[(id - home.start + turn) % len(home)]
             try:
-                return self.row(candidate, epoch)
+                return self.row(candidate, epoch, progress)
             except Unreadable as reason:
                 if self.data.on_error == "raise":
                     shard = self.index.shards[self.index.locate(candidate)[0]]
@@ -120,12 +135,14 @@ class Reader:
                 skipped.append((self.index.where(candidate), str(reason)))
         raise UserError(f"{self.index.where(id)}: unreadable, and so are all that follow it: {skipped[-1][1]}")
 
-    def row(self, id: int, epoch: int) -> Row:
-        """Raises Unreadable."""
+    def row(self, id: int, epoch: int, progress: float = 1.0) -> Row:
+        """Raises Unreadable, and UserError where the shard lacks the scores that a policy goes by."""
         members = self.index.read(id, self.wanted)
         sheet = read_sheet(members)
         chosen = self._caption(sheet, id, epoch)
-        negatives = self._negatives(sheet.negatives_of(chosen), id, epoch)
+        found = sheet.negatives_of(chosen)
+        made = self.online(sheet, chosen, id, epoch) if self.online else []
+        negatives = self._negatives(found, made, id, epoch, progress)
         picture, *views = self._pictures(members, id, epoch)
         positives = self._positives(sheet, chosen, id, epoch)
         places = _places(sheet, chosen, positives, negatives)
@@ -174,11 +191,26 @@ class Reader:
         # In the order of the kinds that are named, so that a place means the same in every pair.
         return sorted(drawn, key=lambda other: wanted.index(other["kind"])) if wanted else drawn
 
-    def _negatives(self, negatives: list[dict[str, Any]], id: int, epoch: int) -> list[dict[str, Any]]:
-        wanted = self.data.negative_kinds
+    def _negatives(
+        self, negatives: list[dict[str, Any]], made: list[dict[str, Any]], id: int, epoch: int, progress: float
+    ) -> list[dict[str, Any]]:
+        """K of the shard's and those made while reading, by the policy."""
+        wanted, policy = self.data.negative_kinds, self.data.negative_policy
         if wanted:
             negatives = [n for n in negatives if str(n.get("kind", "")) in wanted]
-        drawn = draw(negatives, self.data.negatives, self.seed, "negatives", epoch, id)
+        if policy != "uniform" and not all("score" in n for n in negatives):
+            raise UserError(
+                f"{self.index.where(id)}: data.negative_policy: {policy} goes by each negative's score, found one "
+                "without; clipkit negatives score MODEL SHARDS --out DIR writes it"
+            )
+        if policy == "hardest":
+            return self._pictured(hardest(negatives, self.data.negatives, self.seed, "negatives", epoch, id))
+        if policy == "curriculum":
+            negatives = easiest(negatives, START + (1 - START) * progress)
+        drawn = draw([*negatives, *made], self.data.negatives, self.seed, "negatives", epoch, id)
+        return self._pictured(drawn)
+
+    def _pictured(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Those with a picture come first, so that picture j belongs to negative caption j.
         return sorted(drawn, key=lambda n: "picture" not in n) if self.data.negative_images else drawn
 
@@ -228,7 +260,7 @@ def _places(
     return {
         "text": [chosen],
         "positive_text": [positive["caption"] for positive in positives],
-        "negative_text": [own[id(negative)] for negative in negatives],
+        "negative_text": [own[id(negative)] for negative in negatives if id(negative) in own],  # not made just now
     }
 
 
@@ -247,6 +279,19 @@ def draw(texts: Sequence[dict[str, Any]], k: int, *key: int | str) -> list[dict[
     queues = [kinds[names[turn]] for turn in shuffled(len(names), *key, "kinds")]
     rounds = max(map(len, queues), default=0)
     return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)][:k]
+
+
+def hardest(texts: Sequence[dict[str, Any]], k: int, *key: int | str) -> list[dict[str, Any]]:
+    """The `k` of the highest `score`, the highest first; equal ones in a random order, named by `key`."""
+    said = [texts[position] for position in shuffled(len(texts), *key, "texts") if texts[position]["text"].strip()]
+    return sorted(said, key=lambda text: -text["score"])[:k]
+
+
+def easiest(texts: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """The share of them with the lowest scores, one at least, in their own order."""
+    places = sorted(range(len(texts)), key=lambda place: (texts[place]["score"], place))
+    kept = set(places[: max(1, round(share * len(texts)))])
+    return [text for place, text in enumerate(texts) if place in kept]
 
 
 def group_number(sheet: Sheet, id: int) -> int:

@@ -39,6 +39,7 @@ def stack(rows: list[Row], data: DataConfig, tokenizer: Tokenizer, skipped: list
         negative_text=negative_text,
         valid=_exist(negatives, data.negatives),
         negative_kind=_numbers(kinds, data.negatives),
+        negative_weight=_weights(rows, data.negatives) if data.negative_weights else None,
         negative_image=negative_pictures,
         negative_image_valid=pictured,
         view_image=default_collate([torch.stack(row.views) for row in rows]) if data.views else None,
@@ -80,6 +81,11 @@ def _numbers(kinds: Ragged, width: int) -> Int64[Tensor, "n w"] | None:
     if not width:
         return None
     return torch.tensor([[kind_number(kind) for kind in row] + [-1] * (width - len(row)) for row in kinds])
+
+
+def _weights(rows: list[Row], width: int) -> Float[Tensor, "n w"]:
+    found = [[float(negative.get("weight", 1.0)) for negative in row.negatives] for row in rows]
+    return torch.tensor([row + [1.0] * (width - len(row)) for row in found])
 
 
 def _marked(places: list[list[int]], width: int) -> Bool[Tensor, "n w"]:

@@ -18,7 +18,18 @@ from clipkit.errors import UserError
 from clipkit.evaluation.benchmark import Benchmark, Picture, Row, read_rows
 from clipkit.evaluation.embed import Embedder
 from clipkit.evaluation.judged import Pairs, decide, extremes
-from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
+from clipkit.evaluation.result import (
+    Metric,
+    Result,
+    begin,
+    digest,
+    furthest_wrong,
+    headline,
+    pick,
+    policy,
+    thumbnail,
+    wrong_by,
+)
 from clipkit.evaluation.roots import Roots
 from clipkit.evaluation.scores import SCORES, Pattern, Tie, binary, binary_auroc, main_score, pattern, tot
 from clipkit.evaluation.stats import deranged, interval, wilson
@@ -147,6 +158,8 @@ class Compositional:
 
     def _examples(self, forms: list[Form], correct: Array, embedder: Embedder) -> list[dict[str, Any]]:
         scores = {int(row): s for form in forms for row, s in zip(form.rows, form.s, strict=True)}
+        gaps = [wrong_by(scores[n].tolist(), row.match) for n, row in enumerate(self.rows)]
+        worst = furthest_wrong(correct.tolist(), gaps)
         return [
             {
                 "id": self.rows[n].id,
@@ -158,8 +171,9 @@ class Compositional:
                 "scores": scores[n].tolist(),
                 "match": self.rows[n].match,
                 "choice": _choice(pattern(self.rows[n].match), scores[n], float(correct[n])),
+                "worst": n in worst,
             }
-            for n in pick(correct.tolist())
+            for n in pick(correct.tolist(), wrong_by=gaps)
         ]
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -146,14 +147,42 @@ def headline(benchmark: Benchmark, metrics: dict[str, Metric], default: str) -> 
     return wanted
 
 
-def pick(correct: Sequence[float], count: int = 16, seed: int = 0) -> list[int]:
-    """Rows to show as examples: half wrong, half right as far as there are, seeded, in order."""
+WORST = 4
+"""Examples that are furthest wrong, beside those drawn by chance."""
+
+
+def pick(correct: Sequence[float], count: int = 16, seed: int = 0, wrong_by: Sequence[float] = ()) -> list[int]:
+    """Rows to show as examples: half wrong, half right as far as there are, seeded, in order.
+
+    Where `wrong_by` says how far each row is from right, the WORST of the wrong ones are among them.
+    """
     rng = random.Random(seed)
     right = [i for i, c in enumerate(correct) if c == 1]
     wrong = [i for i, c in enumerate(correct) if c != 1]
+    worst = furthest_wrong(correct, wrong_by)
     from_wrong = min(len(wrong), max(count // 2, count - len(right)))
-    chosen = rng.sample(wrong, from_wrong) + rng.sample(right, min(len(right), count - from_wrong))
-    return sorted(chosen)
+    drawn = rng.sample([i for i in wrong if i not in worst], max(0, from_wrong - len(worst)))
+    return sorted([*worst, *drawn, *rng.sample(right, min(len(right), count - from_wrong))])
+
+
+def furthest_wrong(correct: Sequence[float], wrong_by: Sequence[float]) -> list[int]:
+    """The WORST of the wrong rows, the furthest first; rows whose distance is not a number are none of them."""
+    wrong = [i for i, by in enumerate(wrong_by) if correct[i] != 1 and math.isfinite(by)]
+    return sorted(wrong, key=lambda i: (-wrong_by[i], i))[:WORST]
+
+
+def wrong_by(scores: Sequence[Sequence[float]], match: Sequence[Sequence[int | None]]) -> float:
+    """How far a row (images × texts) is from right: the best wrong answer less the best right one, the widest gap.
+
+    Of every picture among texts and every text among pictures; not a number where nothing stands against anything.
+    """
+    lines = [*zip(scores, match), *zip(zip(*scores), zip(*match))]
+    gaps = [
+        max(s for s, m in zip(*line) if m == 0) - max(s for s, m in zip(*line) if m == 1)
+        for line in lines
+        if {0, 1} <= set(line[1])
+    ]
+    return max(gaps, default=math.nan)
 
 
 def thumbnail(embedder: Embedder, picture: Picture) -> str:

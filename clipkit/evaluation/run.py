@@ -19,6 +19,7 @@ from clipkit.evaluation.embed import Embedder, Model
 from clipkit.evaluation.result import Result, Task
 from clipkit.evaluation.roots import EVERYWHERE, Roots
 from clipkit.evaluation.stats import detectable
+from clipkit.evaluation.store import Store
 
 PREPARE: dict[str, Callable[..., Task]] = {
     "compositional": compositional.prepare,
@@ -42,14 +43,16 @@ def evaluate(
     *,
     batch_size: int = 64,
     show: bool = True,
+    cache: bool | str | Path = False,
 ) -> list[Result]:
     """Run a suite, or benchmarks by name or YAML path, and return one Result each.
 
     `roots`: source -> folder, tar or glob of tars; under "*" a folder that holds the others. `out`: folder for
     <benchmark>.json. Every picture and text is embedded once, shared over the ranks; every rank gets the results, the
-    first one writes and (`show`) prints. `trained_on`: names of pictures the model has seen (leakage.py); results are
-    then split into rows with such pictures and without. Raises one UserError for everything that is missing, unless
-    `allow_missing`.
+    first one writes and (`show`) prints. `cache`: keep embeddings on disk, in that folder or (True) in
+    $CLIPKIT_CACHE/embeddings, so that a call that was interrupted, or is made again, goes on from there. `trained_on`:
+    names of pictures the model has seen (leakage.py); results are then split into rows with such pictures and without.
+    Raises one UserError for everything that is missing, unless `allow_missing`.
     """
     from clipkit.distributed import is_main
 
@@ -57,7 +60,8 @@ def evaluate(
     places = Roots(roots)
     tasks = _prepared(chosen, places, allow_missing)
     seen = leakage.read_seen(trained_on) if trained_on else set()
-    embedder = Embedder(model, places, batch_size=batch_size, progress=show)
+    store = Store(model, None if cache is True else Path(cache)) if cache else None
+    embedder = Embedder(model, places, batch_size=batch_size, progress=show, store=store)
     # All at once: one progress bar with an honest time left, and like lengths together across benchmarks.
     embedder.pictures([picture for task in tasks for picture in task.pictures])
     embedder.texts([text for task in tasks for text in task.texts])

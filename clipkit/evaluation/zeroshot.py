@@ -6,8 +6,9 @@ Axes: n pictures, c classes, m prompts of a class, d embedding.
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from clipkit.errors import UserError, did_you_mean
 from clipkit.evaluation.benchmark import Benchmark, Picture
 from clipkit.evaluation.embed import Embedder, Model, encode_pictures, watched
 from clipkit.evaluation.geometry import calibration
-from clipkit.evaluation.result import Metric, Result, begin, digest, headline, pick, policy, thumbnail
+from clipkit.evaluation.labelled import Labelled
+from clipkit.evaluation.result import Metric, Result, begin, digest, furthest_wrong, headline, pick, policy, thumbnail
 from clipkit.evaluation.roots import Folder, Roots, split_reference
 from clipkit.evaluation.scores import Tie
 from clipkit.evaluation.stats import Z95, deranged, wilson
@@ -147,7 +149,11 @@ class ZeroShot:
         self, first: Float[Array, " n"], choice: Int[Array, " n"], s: Float[Array, "n c"], embedder: Embedder
     ) -> list[dict[str, Any]]:
         names, out = self._names(), []
-        for n in pick(first.tolist()):
+        others = s.copy()
+        others[np.arange(len(s)), self.labels] = -np.inf
+        gaps = (others.max(1) - s[np.arange(len(s)), self.labels]).tolist()
+        worst = furthest_wrong(first.tolist(), gaps)
+        for n in pick(first.tolist(), wrong_by=gaps):
             best = [int(choice[n]), *(int(c) for c in np.argsort(-s[n], kind="stable") if c != choice[n])][:5]
             shown = best if self.labels[n] in best else [*best[:4], int(self.labels[n])]
             out.append(
@@ -161,6 +167,7 @@ class ZeroShot:
                     "scores": [[float(s[n, c]) for c in shown]],
                     "match": [[int(c == self.labels[n]) for c in shown]],
                     "choice": [0],
+                    "worst": n in worst,
                 }
             )
         return out
@@ -217,6 +224,7 @@ def classify(
     *,
     top: int = 5,
     none_below: float | None = None,
+    scale: float | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -224,16 +232,12 @@ def classify(
 
     `images`: a file, folder, glob, PIL picture, or a list of these. `classes`: names, name -> display name(s), "a,b,c",
     or a text file with one name a line; underscores become spaces. `templates`: prompts with {} for the name, or a
-    text file of them. Probabilities are the softmax of the similarities at the model's own scale (100 where it has
-    none). A picture whose best similarity is below `none_below` is NONE ("none of these"). Raises UserError for what
-    cannot be read.
+    text file of them. Probabilities are the softmax of the similarities at `scale`, by default the model's own (100
+    where it has none), which is seldom calibrated: `Answers.calibrate` finds one that is. A picture whose best
+    similarity is below `none_below` is NONE ("none of these"). Raises UserError for what cannot be read.
     """
-    answers = Answers(model, classes, templates, top=top, none_below=none_below, batch_size=batch_size)
-    found = collect(images)
-    names = [str(image) if isinstance(image, Path) else f"picture {n}" for n, image in enumerate(found)]
-    batches = watched(answers.embed(found, load_picture), len(found), "embedding pictures", progress)
-    ranked = [one for rows in batches for one in answers.of(rows)]
-    return [{"image": name, "classes": one} for name, one in zip(names, ranked, strict=True)]
+    answers = Answers(model, classes, templates, top=top, none_below=none_below, scale=scale, batch_size=batch_size)
+    return answers.to(images, progress=progress)
 
 
 class Answers:
@@ -247,6 +251,7 @@ class Answers:
         *,
         top: int = 5,
         none_below: float | None = None,
+        scale: float | None = None,
         batch_size: int = 64,
     ):
         named = _named(classes)
@@ -258,16 +263,25 @@ class Answers:
         self.model, self.batch_size, self.top, self.none_below = model, batch_size, top, none_below
         self.prompts = [prompts_of(display, wordings) for display in named.values()]
         self.labels = list(named)
+        self.scale = _scale(model) if scale is None else scale
         self._classifier = weights(Embedder(model, Roots(), batch_size=batch_size), self.prompts)
 
-    def embed(self, items: list[Any], load: Callable[[Any], Image.Image]) -> Iterator[Float[Array, "n d"]]:
+    def to(self, images: Any, *, progress: bool = False) -> list[dict[str, Any]]:
+        """What `classify` returns."""
+        found = collect(images)
+        names = [str(image) if isinstance(image, Path) else f"picture {n}" for n, image in enumerate(found)]
+        batches = watched(self.embed(found, load_picture), len(found), "embedding pictures", progress)
+        ranked = [one for rows in batches for one in self.of(rows)]
+        return [{"image": name, "classes": one} for name, one in zip(names, ranked, strict=True)]
+
+    def embed(self, items: Iterable[Any], load: Callable[[Any], Image.Image]) -> Iterator[Float[Array, "n d"]]:
         """Embeddings of what `load` makes pictures of, batch by batch."""
         return encode_pictures(self.model, items, load, self.batch_size)
 
     def of(self, rows: Float[Array, "n d"]) -> list[list[dict[str, Any]]]:
         """Each picture's best classes; NONE with the best one's numbers in front where that is not near enough."""
         s = _cosines(rows, self._classifier)
-        chances = _probabilities(s, _scale(self.model))
+        chances = _probabilities(s, self.scale)
         best = np.argsort(-s, axis=1, kind="stable")[:, : self.top]
         out = []
         for n, order in enumerate(best):
@@ -279,6 +293,53 @@ class Answers:
                 ranked = [ranked[0] | {"class": NONE}, *ranked][: self.top]
             out.append(ranked)
         return out
+
+    def calibrate(self, known: Labelled) -> dict[str, float]:
+        """Take the scale that fits labelled pictures; both scales, and their calibration errors, with the accuracy.
+
+        The error at the fitted scale is honest: each half of the pictures is judged at the scale of the other half.
+        Raises UserError for a class that is not among the answers, and where there are fewer than four pictures.
+        """
+        if unknown := [name for name in known.classes if name not in self.labels]:
+            raise UserError(f"labelled pictures: {unknown[0]} is no class{did_you_mean(unknown[0], self.labels)}")
+        if len(known.items) < 4:
+            raise UserError(f"labelled pictures: {len(known.items)} found; a scale needs at least four")
+        order = np.random.default_rng(0).permutation(len(known.items))
+        rows = np.concatenate(list(self.embed([known.items[n] for n in order], known.open)))
+        s = _cosines(rows, self._classifier)
+        own = np.array([self.labels.index(name) for name in known.classes])[known.labels[order]]
+        right, sure = (s.argmax(1) == own).astype(np.float64), np.zeros(len(s))
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            other = slice(1 - half.start, None, 2)
+            sure[half] = _probabilities(s[half], fit_scale(s[other], own[other])).max(1)
+        found = {
+            "accuracy": float(right.mean()),
+            "scale": self.scale,
+            "calibration error": calibration(_probabilities(s, self.scale).max(1), right)["ece"],
+            "fitted scale": fit_scale(s, own),
+            "its calibration error": calibration(sure, right)["ece"],
+        }
+        self.scale = found["fitted scale"]
+        return found
+
+
+SCALES = (1e-2, 1e4)
+"""Between which a fitted scale lies."""
+
+
+def fit_scale(s: Float[Array, "n c"], labels: Int[Array, " n"]) -> float:
+    """The scale whose softmax gives the right classes the highest likelihood (temperature scaling, arXiv 1706.04599).
+
+    The likelihood's slope is the mean similarity of the right class less the expected one, which grows with the scale:
+    its root is found by halving, on a logarithmic axis.
+    """
+    own = s[np.arange(len(s)), labels].astype(np.float64).mean()
+    low, high = np.log(SCALES)
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = (_probabilities(s, float(np.exp(middle))) * s).sum(1).mean()
+        low, high = (middle, high) if expected < own else (low, middle)
+    return float(np.exp((low + high) / 2))
 
 
 def _cosines(images: Float[Array, "n d"], classifier: Float[Array, "c d"]) -> Float[Array, "n c"]:
@@ -374,6 +435,30 @@ def collect(images: Any) -> list[Path | Image.Image]:
     if not found:
         raise UserError(f"{images}: no picture found (a file, a folder or a glob of {', '.join(PICTURES)})")
     return found
+
+
+def each(images: Iterable[str]) -> Iterator[Path]:
+    """The files that `collect` would list, one at a time: folders are walked in order, nothing is held in memory.
+
+    Raises UserError when it comes to a name that is nothing.
+    """
+    for name in images:
+        if Path(name).is_dir():
+            yield from _walk(Path(name))
+        elif Path(name).is_file():
+            yield Path(name)
+        else:
+            yield from collect(name)  # type: ignore[misc]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as inside:
+        entries = sorted((entry.name, entry.is_dir()) for entry in inside)
+    for name, is_folder in entries:
+        if is_folder:
+            yield from _walk(folder / name)
+        elif name.rpartition(".")[2].lower() in PICTURES:
+            yield folder / name
 
 
 def load_picture(image: Path | Image.Image) -> Image.Image:

@@ -160,6 +160,7 @@ class DualEncoder(nn.Module):
             positive_valid=batch.positive_valid,
             negative_image_valid=batch.negative_image_valid,
             negative_kind=batch.negative_kind,
+            negative_weight=batch.negative_weight,
             relevance=batch.relevance,
             tags=batch.tags,
             label=batch.label,

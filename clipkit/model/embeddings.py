@@ -33,6 +33,7 @@ _BESIDE = {
     "positive_valid": "n p",
     "negative_image_valid": "n j",
     "negative_kind": "n k",
+    "negative_weight": "n k",
     "relevance": "n",
     "tags": "n w",
     "label": "n",
@@ -41,7 +42,10 @@ _BESIDE = {
 }
 _MARKS = {"negative_text": "valid", "positive_text": "positive_valid", "negative_image": "negative_image_valid"}
 """Which of a ragged role's places are filled; all of them where it is not said."""
-_BLANKS = {"negative_text": 0, "negative_image": 0, "valid": False, "negative_image_valid": False, "negative_kind": -1}
+_BLANKS = {
+    "negative_text": 0, "negative_image": 0, "valid": False, "negative_image_valid": False, "negative_kind": -1,
+    "negative_weight": 1,
+}  # fmt: skip
 """What stands for negatives that a pair does not have."""
 _OF_THE_PICTURE = ("image", "id", "group", "relevance", "label", "view_image")
 """What a pair's further captions share with it."""
@@ -55,7 +59,8 @@ class Embeddings:
     further captions of the picture and the negative pictures; picture j shows what negative caption j says.
     `view_image` are further views of the picture; `local_logit` says how well the caption's words find themselves in
     its patches (`clipkit.model.local`, scale included), `negative_local_logit` the same of its negatives.
-    `negative_kind` numbers the kinds of negatives, `relevance` (≥ 0) says how well a caption fits. `id` is the dense
+    `negative_kind` numbers the kinds of negatives, `negative_weight` (≥ 0) says how much each counts in a softmax that
+    it is a rival in (`infonce`, `igc`, `tgc`), `relevance` (≥ 0) says how well a caption fits. `id` is the dense
     number of the sample and `group` that of its picture: pairs with equal group are never each other's negatives. Left
     out, `group` is `id` and `id` counts the rows, going on from rank to rank. `scale` is the multiplicative factor
     1/temperature, not its logarithm. `teacher` holds the same roles of the same pairs; terms never send a gradient into
@@ -83,6 +88,7 @@ class Embeddings:
     positive_valid: Bool[Tensor, "n p"] | None = None
     negative_image_valid: Bool[Tensor, "n j"] | None = None
     negative_kind: Int64[Tensor, "n k"] | None = None
+    negative_weight: Float[Tensor, "n k"] | None = None
     relevance: Float[Tensor, " n"] | None = None
     tag_logits: Float[Tensor, "n w"] | None = None
     tags: Bool[Tensor, "n w"] | None = None
@@ -125,6 +131,13 @@ class Embeddings:
             n, d = self.text.shape
             return self.text.new_zeros(n, 0, d), torch.zeros(n, 0, dtype=torch.bool, device=self.text.device)
         return self.negative_text, self.valid
+
+    @property
+    def negative_log_weight(self) -> Float[Tensor, "n k"]:
+        """What a softmax adds to the logits of negative captions: log of their weight, -inf for those not there."""
+        valid = self.negatives[1]
+        weight = valid.float() if self.negative_weight is None else self.negative_weight.masked_fill(~valid, 0.0)
+        return weight.log()
 
     def with_positives(self) -> Embeddings:
         """Every further caption as a pair of its own behind the others: its picture, group and class, no negatives.

@@ -9,7 +9,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipkit.data.decode import Preprocess
@@ -17,11 +16,16 @@ from clipkit.errors import UserError
 from clipkit.model.convert import from_transformers
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
-from clipkit.model.spec import MODEL, WEIGHTS, find_checkpoint, read_model_json
+from clipkit.model.pieces import load_table
+from clipkit.model.spec import MODEL, WEIGHTS, checkpoint_at, find_checkpoint, read_model_json
+from clipkit.model.tables import write_table
 from clipkit.model.towers import build_towers
-from clipkit.model.weights import weights_into
+from clipkit.model.weights import OPTIONAL, weights_into
 
-__all__ = ["build", "load", "load_checkpoint", "save", "weights_into"]
+__all__ = ["build", "load", "load_checkpoint", "load_teacher", "save", "weights_into"]
+
+TEACHER, STATE = "teacher", "state.json"
+"""What a run's checkpoint holds beside the model: a table of its teacher's weights; the config, among other things."""
 
 
 def save(model: DualEncoder, folder: str | Path, **extra: Any) -> None:
@@ -54,8 +58,13 @@ def save_parts(state: dict[str, Tensor], about: dict[str, Any], folder: str | Pa
     folder.mkdir(parents=True, exist_ok=True)
     # The activation goes wherever the weights go; alone, because safetensors writes several entries in random order and
     # equal models should be equal files.
-    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
+    write_table(state, folder / f".{WEIGHTS}.partial", metadata={"activation": about["activation"]})
     os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
+    save_description(about, folder)
+
+
+def save_description(about: dict[str, Any], folder: Path) -> None:
+    """Write model.json, whole or not at all."""
     (folder / f".{MODEL}.partial").write_text(json.dumps(about, indent=1))
     os.replace(folder / f".{MODEL}.partial", folder / MODEL)
 
@@ -116,5 +125,29 @@ def load_checkpoint(folder: str | Path) -> DualEncoder:
         about["spec"], build_towers(about["spec"]), tokenizer, preprocess, bias=0.0 if about["bias"] else None
     )
     model = DualEncoder(parts, scale_max=about["scale_max"])
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(load_table(folder, Path(WEIGHTS).stem))
     return model
+
+
+def load_teacher(ref: str | Path) -> DualEncoder:
+    """The moving average in a run's newest checkpoint, or in a checkpoint, as a model, on the CPU in eval mode.
+
+    Raises UserError where the checkpoint has no such teacher, or one without a tower that no term looked at.
+    """
+    folder = checkpoint_at(ref)
+    state, own = folder / STATE, load_table(folder, TEACHER)
+    if not own or not state.is_file():
+        raise UserError(f"{folder}: holds no teacher with weights of its own (teacher.kind: ema)")
+    config = json.loads(state.read_text())["config"]
+    if config["teacher"]["kind"] != "ema":
+        raise UserError(f"{folder}: its teacher is {config['teacher']['kind']}, no average of the student's weights")
+    model = load_checkpoint(folder)
+    locked = model.lock(image=config["model"]["lock_image"], text=config["model"]["lock_text"]).locked_towers()
+    shared = {id(x) for tower in locked for x in (*tower.parameters(), *tower.buffers())}
+    absent = [name for name, x in model.state_dict(keep_vars=True).items() if name not in own and id(x) not in shared]
+    if absent := [name for name in absent if not name.startswith(OPTIONAL)]:
+        raise UserError(
+            f"{folder}: its teacher has no {absent[0].partition('.')[0]}, which no term of its run asked a teacher for"
+        )
+    model.load_state_dict(own, strict=False)
+    return model.lock().eval()

@@ -65,16 +65,25 @@ def read_model_json(folder: Path) -> dict[str, Any]:
 
 
 def custom_spec(config: ModelConfig) -> Spec:
-    """The spec of a model of one's own making, from `model.image`, `model.text` and `model.embed_dim`."""
+    """The spec of a model of one's own making, from `model.image`, `model.text` and `model.embed_dim`.
+
+    Raises UserError for settings of `model.image.cfg` that open_clip's image towers do not have.
+    """
+    if not config.image.timm and not config.image.conv:
+        import open_clip
+
+        _check_names("model.image.cfg", config.image.cfg, open_clip.CLIPVisionCfg)
+    return _custom_spec(config)
+
+
+def _custom_spec(config: ModelConfig) -> Spec:
+    """As `custom_spec`, without the seconds that looking up open_clip's settings takes."""
     image, text = config.image, config.text
     if image.timm:
         vision: Spec = {"kind": "timm", "name": image.timm, "cfg": image.cfg, "pool": image.pool, "size": image.size}
     elif image.conv:
         vision = {"kind": "conv", "layers": image.conv, "pool": image.pool, "size": image.size}
     else:
-        import open_clip
-
-        _check_names("model.image.cfg", image.cfg, open_clip.CLIPVisionCfg)
         if image.cfg.get("image_size", image.size) != image.size:
             raise UserError(
                 f"model.image.cfg.image_size: {image.cfg['image_size']}, but model.image.size is {image.size}"
@@ -144,7 +153,7 @@ def check_start(config: ModelConfig) -> None:
         return
     folder = checkpoint_at(config.start)
     there = read_model_json(folder)["spec"]
-    here = heads_spec(config.heads) | ({} if config.name else custom_spec(config))
+    here = heads_spec(config.heads) | ({} if config.name else _custom_spec(config))
     there, here = _both_towers(there, here)
     if problems := _differences(_flat(there), _flat(here), unnamed=False):
         raise another_architecture(folder, problems)

@@ -18,6 +18,7 @@ from clipkit.errors import UserError
 from clipkit.model.dual_encoder import TEXTS, DualEncoder
 from clipkit.model.embeddings import Embeddings
 from clipkit.model.load import load
+from clipkit.model.pieces import Piece, share
 from clipkit.registry import TERMS
 from clipkit.settings import TeacherConfig
 
@@ -150,6 +151,11 @@ class Teacher:
         """
         tensors = self._tensors(self.model)
         return {name: distributed.gathered(tensors[name].detach()) for name in self._own}
+
+    def pieces(self) -> dict[str, Piece]:
+        """Of what `state` gives, this rank's pieces, not copied. No word is exchanged."""
+        tensors = self._tensors(self.model)
+        return {name: share(tensors[name].detach()) for name in self._own}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

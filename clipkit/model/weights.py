@@ -7,10 +7,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
-
 from clipkit import distributed
 from clipkit.errors import UserError
+from clipkit.model.pieces import load_table
 from clipkit.model.spec import (
     WEIGHTS,
     adapts_text,
@@ -40,7 +39,8 @@ def weights_into(model: DualEncoder, path: str | Path) -> None:
     new = ("text_tower.",) if adapts_text(there, model.spec) else ()
     own = model.state_dict()
     kept = {name: value for name, value in own.items() if name == "bias" or name.startswith(("heads.", *new))}
-    state = {name: x for name, x in load_file(folder / WEIGHTS).items() if not new or not name.startswith(new)}
+    stored = load_table(folder, Path(WEIGHTS).stem)
+    state = {name: x for name, x in stored.items() if not new or not name.startswith(new)}
     state = kept | {name: value for name, value in state.items() if name in own or not name.startswith(OPTIONAL)}
     for name in sorted(own.keys() | state.keys()):
         there, here = (list(table[name].shape) if name in table else "missing" for table in (state, own))

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
+from typing import Protocol
 
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
 from clipkit.negatives.answers import Answer, Answers, Order, Question
-from clipkit.negatives.chat import Chat, Fault, Rejected, Reply, read_texts
+from clipkit.negatives.chat import Fault, Rejected, Reply, read_texts
 from clipkit.negatives.filters import Case, reason_to_drop
 from clipkit.negatives.prompts import Prompt
 
@@ -26,6 +27,15 @@ ANSWERS = 3
 PATIENCE = 8
 """Questions in a row without any answer before the server is given up."""
 _CHANCE = random.SystemRandom()
+
+
+class Answering(Protocol):
+    """Who is asked: a server, or a model that is run here; `url` names it."""
+
+    @property
+    def url(self) -> str: ...
+
+    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int) -> Reply: ...
 
 
 class Halted(Exception):
@@ -70,7 +80,7 @@ class Asker:
 
     def __init__(
         self,
-        chat: Chat,
+        chat: Answering,
         order: Order,
         prompts: dict[str, Prompt],
         answers: Answers,

@@ -19,6 +19,8 @@ from clipkit.negatives.lexicon import lexicon
 
 MIN_WORDS, MAX_WORDS = 2, 60
 """Shortest and longest negative; 60 words always fit CLIP's 77 tokens for plain captions."""
+LONGEST = 150
+"""Longest of the kinds that are to be long: two sentences and more; towers of CLIP's length cut them."""
 LONGER = 2.0
 """A negative this many times as long as its caption tells itself apart by its length."""
 
@@ -71,10 +73,12 @@ def _another_caption(case: Case) -> bool:
 
 
 def _too_short(case: Case) -> bool:
-    return len(case.words) < MIN_WORDS
+    return len(case.words) < MIN_WORDS and not case.kind.endswith("tags")
 
 
 def _too_long(case: Case) -> bool:
+    if case.kind.startswith("long"):  # meant to be
+        return len(case.words) > LONGEST
     return len(case.words) > min(MAX_WORDS, LONGER * len(case.original) + 2)
 
 

@@ -296,6 +296,14 @@ class Lexicon:
         ]
 
     @cached_property
+    def natural(self) -> frozenset[tuple[str, str]]:
+        """(attribute, lemma of a noun) where the noun's things are so anyway."""
+        tree = self.tree["attributes"]["natural"]
+        return frozenset(
+            (name, lemma) for names, text in tree.items() for name in words(names, "/") for lemma in words(text)
+        )
+
+    @cached_property
     def never_before(self) -> frozenset[str]:
         """Words before which an attribute is left alone."""
         return frozenset(words(self.tree["attributes"]["never before"]))

@@ -1,8 +1,8 @@
-"""Negatives and paraphrases written by a language model behind any OpenAI-compatible server.
+"""Negatives and paraphrases written by a language model: behind an OpenAI-compatible server, or run here.
 
 DeGLA's five kinds (arXiv 2504.16801) are asked for by its recipe: a rule, examples, the constraint that the meaning
-changes, the caption; paraphrases are ParaCLIP's (arXiv 2402.15120). First each question is asked, its answer kept in a
-file; then the shards are written from that file.
+changes, the caption; paraphrases are ParaCLIP's (arXiv 2402.15120), descriptions and tags HQ-CLIP's (arXiv 2507.22431).
+First each question is asked, its answer kept in a file; then the shards are written from that file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipkit.data.build import tracked
-from clipkit.data.members import Sheet, read_sheet
+from clipkit.data.members import Sheet, plain, read_sheet
 from clipkit.data.shards import Shard, expand
 from clipkit.errors import UserError
 from clipkit.negatives.answers import Answer, Answers, Order, Question
 from clipkit.negatives.asking import Asker
 from clipkit.negatives.chat import Chat
-from clipkit.negatives.filters import Case, keep, mark_of, reason_to_drop
+from clipkit.negatives.filters import Case, content, keep, mark_of, reason_to_drop
 from clipkit.negatives.make import (
     KINDS,
     Report,
@@ -39,14 +39,20 @@ from clipkit.negatives.make import (
 )
 from clipkit.negatives.prompts import Prompt, answer, load_prompts
 
+if TYPE_CHECKING:
+    from clipkit.negatives.local import LocalChat
+
 SOURCE = "llm"
 """The `source` of every negative written here."""
 KEY = "CLIPKIT_LLM_KEY"
 """Environment variable that holds the server's key."""
 FILE = "answers.jsonl"
 PARAPHRASE, AGAIN = "paraphrase", "paraphrase_again"
-"""Kinds that become captions: T', and T'', which is asked about T'."""
-CAPTION_KINDS = {PARAPHRASE: "once", AGAIN: "twice"}
+"""ParaCLIP's T', and T'', which is asked about T'."""
+CAPTION_KINDS = {PARAPHRASE: "once", AGAIN: "twice", "long_description": "long", "short_description": "short"}
+"""Kinds that become captions, and what these are called: paraphrases, and HQ-CLIP's descriptions."""
+TAG_KINDS = ("tags", "false_tags")
+"""Kinds whose texts are lists of tags: fields of KEY.json."""
 ORIGINAL = "original"
 """The kind of captions that had none, beside paraphrases."""
 OURS = ("model", "messages", "response_format")
@@ -141,7 +147,7 @@ def ask(
     out: str | Path,
     wish: Wish,
     *,
-    url: str,
+    url: str | None,
     file: str | Path | None = None,
     concurrency: int = 16,
     per_minute: float = 0.0,
@@ -152,13 +158,14 @@ def ask(
 
     Answers are kept in `file` (out/answers.jsonl) and never asked for again: a call that was ended goes on where it
     was. Negatives go beside those of other sources, paraphrases behind the captions, with `caption_kinds`. Shards that
-    would become the same are kept. Raises UserError for what `expand` refuses, for a server of no use, and for a file
-    that another call has open.
+    would become the same are kept. Without `url` the model is one of transformers, run here, `concurrency` prompts at
+    once. Raises UserError for what `expand` refuses, for a server or model of no use, and for a file that another call
+    has open.
     """
     folder, started = Path(out), time.perf_counter()
     paths = expand(shards)
     check_places(paths, folder)
-    chat = Chat(url, wish.order.model, _key(), wish.order.settings, timeout_s, concurrency)
+    chat = _chat(wish, url, timeout_s, concurrency)
     total = Asked()
     with Answers(file or folder / FILE) as answers:
         asker = Asker(chat, wish.order, wish.prompts, answers, concurrency=concurrency, per_minute=per_minute)
@@ -177,6 +184,14 @@ def ask(
             _write(path, folder / path.name, wish, answers, total)
     total.seconds = time.perf_counter() - started
     return total
+
+
+def _chat(wish: Wish, url: str | None, timeout_s: float, concurrency: int) -> Chat | LocalChat:
+    if url is not None:
+        return Chat(url, wish.order.model, _key(), wish.order.settings, timeout_s, concurrency)
+    from clipkit.negatives.local import LocalChat
+
+    return LocalChat.load(wish.order.model, wish.order.settings, concurrency)
 
 
 def estimate(shards: str | Path | Sequence[str | Path], out: str | Path, wish: Wish, file: Any = None) -> list[Cost]:
@@ -254,6 +269,7 @@ class _Writer:
 
     def __init__(self, wish: Wish, answers: Answers, report: Report):
         self.wish, self.answers, self.report = wish, answers, report
+        self._tag_kinds = [kind for kind in wish.direct if kind in TAG_KINDS]
 
     def sheet(self, members: dict[str, bytes]) -> bytes:
         """KEY.json with what was written about every caption."""
@@ -261,6 +277,7 @@ class _Writer:
         record = json.loads(members["json"]) if "json" in members else {}
         negatives, captions, kinds = [], list(sheet.captions), list(sheet.caption_kinds)
         relevance = list(sheet.relevance)
+        tags = {kind: list(record.get(kind) or []) for kind in self._tag_kinds}
         for c, caption in enumerate(sheet.captions):
             stay = [
                 n for n in sheet.negatives_of(c) if n.get("source") != SOURCE or n.get("kind") not in self.wish.kinds
@@ -270,14 +287,16 @@ class _Writer:
                 continue
             self.report.captions += 1
             made = self._negatives(sheet, c, {mark_of(n["text"]) for n in stay})
-            more = list(self._paraphrases(caption, captions))
+            more = list(self._captions(caption, captions))
             self.report.covered["any"] += bool(made or more)
+            for kind in self._tag_kinds:
+                tags[kind] += [tag for tag in self._tags(caption, kind) if tag not in tags[kind]]
             negatives.append(stay + made)
             captions += [text for text, _ in more]
             kinds += [kind for _, kind in more]
             relevance += [sheet.relevance[c]] * len(more)
-        record |= {"captions": captions, "negatives": negatives}
-        if PARAPHRASE in self.wish.kinds:
+        record |= {"captions": captions, "negatives": negatives} | tags
+        if set(CAPTION_KINDS) & set(self.wish.kinds):
             record["caption_kinds"] = [kind or ORIGINAL for kind in kinds]
             if isinstance(record.get("relevance"), list):
                 record["relevance"] = relevance
@@ -296,20 +315,31 @@ class _Writer:
                 "seed": order.seed,
             }
             for kind in self.wish.direct
-            if kind != PARAPHRASE
+            if kind not in CAPTION_KINDS and kind not in TAG_KINDS
             for text in self._kept(Question(caption, kind), kind, siblings, taken)
         ]
 
-    def _paraphrases(self, caption: str, captions: list[str]) -> Iterator[tuple[str, str]]:
-        """(text, kind of caption): each T' with the T'' that belong to it."""
+    def _captions(self, caption: str, captions: list[str]) -> Iterator[tuple[str, str]]:
+        """(text, kind of caption): descriptions, and each T' with the T'' that belong to it."""
+        taken = {mark_of(known) for known in captions}
+        for kind in self.wish.direct:
+            if kind in CAPTION_KINDS and kind != PARAPHRASE:
+                for text in self._kept(Question(caption, kind), kind, (), taken):
+                    yield text, CAPTION_KINDS[kind]
         if PARAPHRASE not in self.wish.kinds:
             return
-        taken = {mark_of(known) for known in captions}
         for once in self._kept(Question(caption, PARAPHRASE), PARAPHRASE, (), taken):
             yield once, CAPTION_KINDS[PARAPHRASE]
             if AGAIN in self.wish.kinds:
                 for twice in self._kept(Question(once, PARAPHRASE), AGAIN, (), taken):
                     yield twice, CAPTION_KINDS[AGAIN]
+
+    def _tags(self, caption: str, kind: str) -> list[str]:
+        """The tags of the texts, which are lists; no false one that the caption says."""
+        said = content(caption) if kind == "false_tags" else frozenset()
+        texts = self._kept(Question(caption, kind), kind, (), set())
+        tags = dict.fromkeys(plain(tag).strip(" .") for text in texts for tag in text.split(","))
+        return [tag for tag in tags if tag and not (said and content(tag) <= said)]
 
     def _kept(self, question: Question, name: str, siblings: Sequence[str], taken: set[str]) -> list[str]:
         """The texts of an answer that are fit for this picture, counted under `name`."""

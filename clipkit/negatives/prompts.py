@@ -19,7 +19,7 @@ from clipkit.errors import UserError, did_you_mean
 SHOTS = 5
 """Examples a prompt, as DeGLA's (arXiv 2504.16801)."""
 FRAME = "frame.yaml"
-"""What the prompts of all kinds have in common."""
+"""What the prompts of kinds have in common, unless a kind's `frame` names another: frame_NAME.yaml."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,28 @@ def load_prompts(kinds: Sequence[str], folder: str | Path | None = None) -> dict
         raise UserError(f"{folder}: no such folder of prompts")
     places: list[Any] = [*([Path(folder)] if folder else []), packaged]
     files = {file.name: file for place in reversed(places) for file in place.iterdir() if file.name.endswith(".yaml")}
-    known = [name.removesuffix(".yaml") for name in files if name != FRAME]
+    known = [name.removesuffix(".yaml") for name in files if not name.startswith("frame")]
     for kind in kinds:
         if kind not in known:
             raise UserError(f"{kind}: no prompt for this kind{did_you_mean(kind, known)}")
-    frame = files[FRAME].read_bytes()
-    return {kind: _read(kind, files[f"{kind}.yaml"].read_bytes(), frame, str(files[f"{kind}.yaml"])) for kind in kinds}
+    frames = {name: file.read_bytes() for name, file in files.items() if name.startswith("frame")}
+    return {kind: _read(kind, files[f"{kind}.yaml"].read_bytes(), frames, str(files[f"{kind}.yaml"])) for kind in kinds}
 
 
-def _read(kind: str, data: bytes, frame: bytes, where: str) -> Prompt:
+def _read(kind: str, data: bytes, frames: dict[str, bytes], where: str) -> Prompt:
     try:
-        own, common = yaml.safe_load(data), yaml.safe_load(frame)
+        own = yaml.safe_load(data)
+        frame = frames[f"frame_{own['frame']}.yaml" if "frame" in own else FRAME]
+        common = yaml.safe_load(frame)
         examples = tuple((_text(e["caption"]), tuple(map(_text, e["texts"]))) for e in own["examples"])
         digest = blake2b(data + frame, digest_size=4).hexdigest()
         mark = f"{int(own['version'])}.{int(common['version'])}-{digest}"
         return Prompt(kind, mark, _text(own["rule"]).strip(), common[own["goal"]], examples, common["text"].strip())
     except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{where}: no prompt ({type(error).__name__}: {error}); it needs version, goal (negative or paraphrase),"
-            " rule and examples of caption and texts, as the packaged ones in clipkit/negatives/data/prompts"
+            f"{where}: no prompt ({type(error).__name__}: {error}); it needs version, goal (one of the"
+            " frame's: negative, paraphrase), rule and examples of caption and texts, as the packaged ones in"
+            " clipkit/negatives/data/prompts"
         ) from None
 
 

@@ -60,6 +60,8 @@ def may_move(parsed: Parsed, a: Phrase, b: Phrase) -> bool:
     for phrase in (a, b):
         if phrase.determiner not in ("", "a", "an", "the", "some", "two"):
             return False
+        if not phrase.determiner and parsed.letters[phrase.start - 2 : phrase.start] == "IG":
+            return False  # "near blossoming trees": a participle that stays behind
         bare = not phrase.determiner and not phrase.number and not phrase.plural
         if bare and phrase.sense and phrase.sense.count == "count":
             return False
@@ -128,7 +130,7 @@ def moves(parsed: Parsed, owned: list[tuple[int, Phrase]], lex: Lexicon) -> Iter
         for other in parsed.phrases:
             if other is owner or not _takes(parsed, i, owner, other, lex):
                 continue
-            place = next((k for k in other.modifiers if _rank(parsed, k, lex) > _rank(parsed, i, lex)), None)
+            place = next((k for k in other.modifiers if _stands_behind(parsed, k, i, lex)), None)
             if place is None:
                 place = max(other.modifiers, default=other.stop - 2) + 1
             order = [k for k in range(len(parsed.tokens)) if k != i]
@@ -136,9 +138,18 @@ def moves(parsed: Parsed, owned: list[tuple[int, Phrase]], lex: Lexicon) -> Iter
             yield order
 
 
+def _stands_behind(parsed: Parsed, k: int, i: int, lex: Lexicon) -> bool:
+    """Whether the attribute at i stands before the one at k; a word of no group may be a noun ("chew toy")."""
+    return _rank(parsed, k, lex) > _rank(parsed, i, lex) or parsed.tokens[k].lower not in lex.attributes
+
+
 def _takes(parsed: Parsed, i: int, owner: Phrase, other: Phrase, lex: Lexicon) -> bool:
     """Whether the attribute at i can move from its owner to another thing."""
     name = parsed.tokens[i].lower
+    if (name, other.lemma) in lex.natural:
+        return False
+    if _MADE_OF & lex.attributes.groups(name) and other.sense and other.sense.group == "waters":
+        return False
     if other.head in lex.nouns.fixed or parsed.is_compound(other) or lex.nouns.related(owner.lemma, other.lemma):
         return False
     groups = lex.attributes.groups(name)
@@ -146,7 +157,8 @@ def _takes(parsed: Parsed, i: int, owner: Phrase, other: Phrase, lex: Lexicon) -
     return suits(name, other, lex) and not groups & taken
 
 
-_LATE = {"colours": 1, "hair colours": 1, "patterns": 2, "terrains": 2, "materials": 3, "fabrics": 3}
+_MADE_OF = {"materials", "fabrics"}
+_LATE = {"colours": 1, "hair colours": 1, "patterns": 2, "terrains": 2, "materials": 3, "fabrics": 3, "sexes": 2}
 
 
 def _rank(parsed: Parsed, i: int, lex: Lexicon) -> int:

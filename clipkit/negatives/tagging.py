@@ -196,14 +196,16 @@ def _noun_letter(word: str, tag: str, previous: str, before: str, following: str
         return "V"
     if not base or previous not in tuple("NOWR"):
         return "N" if word in lex.nouns.forms or tag.startswith("NN") else _BY_TAG.get(tag, "N")
-    takes_more = following in lex.letters or following == "" or following.endswith("ing") or following in lex.phrases
+    takes_more = (
+        following in lex.letters or following in ("", "her") or following.endswith("ing") or following in lex.phrases
+    )
     if form == "gerund":
         return "N"
     if word not in lex.nouns.forms and word not in lex.nouns.fixed:
         return "V" if takes_more or form == "third" else "N"
     # Nouns as well ("waves", "a race"): verbs after somebody who can do it, or before what it is done to.
     subject = any(noun.animate and plural == (form == "base") for noun, plural in lex.nouns.readings(before))
-    done_to = lex.letters.get(following) in ("D", "P")
+    done_to = lex.letters.get(following) in ("D", "P") or following == "her"
     return "V" if takes_more and (subject or done_to or (form == "base" and tag.startswith("VB"))) else "N"
 
 

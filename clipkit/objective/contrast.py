@@ -37,9 +37,10 @@ def infonce(
     blocks = [Block(z.text, pairs(len(z), z.image.device, group))]
     own = None
     if negatives == "all":
-        blocks.append(Block(table.flatten(0, 1), rivals(valid.flatten())))
+        blocks.append(Block(table.flatten(0, 1), rivals(z.negative_log_weight.flatten())))
     elif negatives == "own":
-        own = (z.scale * similarity(z.image[:, None], table)[:, 0]).masked_fill(~valid, -torch.inf)
+        weighted = z.scale * similarity(z.image[:, None], table)[:, 0] + z.negative_log_weight
+        own = weighted.masked_fill(~valid, -torch.inf)
     image_rows, text_rows = contrast_tables(
         z.image, blocks, scale=z.scale, both=True, extra=own, replicated=z.replicated
     )

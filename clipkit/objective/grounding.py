@@ -24,7 +24,7 @@ def igc(z: Embeddings) -> Float[Tensor, ""]:
     mean_i -log( e^{s v_i·t_i} / (e^{s v_i·t_i} + Σ_k e^{s v_i·n_ik}) )     over pairs with a valid negative
     """
     negatives, valid = z.negatives
-    return _mean(z.scale * _cosines(z.image, z.text, negatives), valid)
+    return _mean(z.scale * _cosines(z.image, z.text, negatives), valid, log_weight=z.negative_log_weight)
 
 
 @term(needs=("negative_text", "teacher.text", "teacher_width"))
@@ -38,12 +38,12 @@ def tgc(
     `scale` is the fixed factor c. With `mask: repeat`, the released code's mistake for those who reproduce its figures,
     row i takes the entries i, i + n, i + 2n ... of the negatives laid out pair by pair: nearly always other pairs'.
     """
-    negatives, valid = z.negatives
+    (negatives, valid), weight = z.negatives, z.negative_log_weight
     if mask == "repeat":
         n, k = valid.shape
         negatives = negatives.flatten(0, 1).unflatten(0, (k, n)).transpose(0, 1)
-        valid = valid.flatten().unflatten(0, (k, n)).T
-    return _mean(scale * _cosines(z.text, z.frozen_teacher("text").text, negatives), valid)
+        valid, weight = (table.flatten().unflatten(0, (k, n)).T for table in (valid, weight))
+    return _mean(scale * _cosines(z.text, z.frozen_teacher("text").text, negatives), valid, log_weight=weight)
 
 
 @term(needs="negative_text")
@@ -135,10 +135,12 @@ def _mean(
     valid: Bool[Tensor, "n k"],
     targets: Float[Tensor, "n c"] | None = None,
     gamma: float = 0.0,
+    log_weight: Float[Tensor, "n k"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over the rows with a valid negative; the positive is the first candidate and, by default, the target."""
     first = torch.zeros_like(logits, dtype=torch.bool)
     first[:, 0] = True
-    keep = log_mask(pad(valid, (1, 0), value=True))
+    keep = log_mask(pad(valid, (1, 0), value=True)) if log_weight is None else pad(log_weight, (1, 0))
+    valid = valid if log_weight is None else log_weight > -torch.inf
     rows = contrast_rows(logits, first if targets is None else targets, log_weights=keep, gamma=gamma)
     return mean_rows(rows, counted=valid.any(1))

@@ -50,9 +50,10 @@ def pairs(count: int, device: torch.device, group: Int64[Tensor, " n"] | None = 
     return relation
 
 
-def rivals(valid: Bool[Tensor, " c"]) -> Relation:
-    """No candidate is an anchor's own; all anchors see those that are valid."""
-    weights = log_mask(valid[None])  # added ten times as fast as filled in by a mask
+def rivals(seen: Bool[Tensor, " c"] | Float[Tensor, " c"]) -> Relation:
+    """No candidate is an anchor's own; all anchors see those that are marked, or each by its log-weight."""
+    # Added ten times as fast as filled in by a mask.
+    weights = log_mask(seen[None]) if seen.dtype == torch.bool else seen[None]
     return lambda rows, columns: (None, weights[:, columns])
 
 

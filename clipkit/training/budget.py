@@ -59,18 +59,15 @@ class Budget:
         self.config, self.gpus = config, gpus
         self.rows = self.pairs_of(config.batch_size) // gpus
         check_split(config, gpus)
-        if config.engine.checkpoint_activations:
-            raise UserError(
-                "engine.checkpoint_activations: what is kept then cannot be told from shapes alone; "
-                "plan with engine.checkpoint_activations=false for an upper bound of memory"
-            )
         model = config.model
         self.spec, self.scalars = spec_of(model)
         self.locks = (model.lock_image, model.lock_text)
         with shapes_only("cpu"):
             described = encoders(self.spec)
         self.size, self.context = described.size, described.context
-        self.cost = measure(self.spec, config.engine.precision, locks=self.locks)
+        self.cost = measure(
+            self.spec, config.engine.precision, locks=self.locks, recompute=config.engine.checkpoint_activations
+        )
         self.teacher_roles = teacher_roles(config) if config.teacher.kind in ("ema", "frozen") else ()
         self._parabolas: dict[bool, Any] = {}
 
@@ -177,14 +174,18 @@ class Budget:
         rows = rows or self.rows
         stage = {"ddp": 0, "fsdp": 3, "deepspeed": config.engine.zero_stage}[config.engine.kind]
         locked = sum(line.locked for line in self.weights)
-        roles, working = self._roles(), 0.0
+        roles, working, again = self._roles(), 0.0, 0.0
         parts: dict[str, float] = {
             "weights": sharded(learning * FLOAT, self.gpus, stage >= 3) + locked * FLOAT + self.buffers,
             "gradients": sharded(learning * FLOAT, self.gpus, stage >= 2),
             "optimizer moments": sharded(self._moments(), self.gpus, stage >= 1),
             "teacher": sharded(self.teacher_weights * FLOAT, self.gpus, config.engine.kind == "fsdp"),
         } | self._on_their_way()
-        if config.engine.kind == "deepspeed" and stage:
+        if config.engine.offload != "none":
+            del parts["optimizer moments"]
+        if config.engine.offload == "all":
+            parts["weights"] -= sharded(learning * FLOAT, self.gpus, True)
+        if config.engine.kind == "deepspeed" and stage and config.engine.offload == "none":
             parts["weights' part for the optimizer"] = sharded(learning * FLOAT, self.gpus, True)
         if config.engine.precision != "fp32":
             parts["weights in half precision"] = sum(cost.casts for cost in self.cost.values())
@@ -193,6 +194,9 @@ class Budget:
             encoded = sum(n for role, n in roles.items() if (role in IMAGES) == (tower == "image"))
             parts[f"activations: {tower}"] = part * encoded * self.cost[tower].saved
             working = max(working, part * encoded * self.cost[tower].working)
+            again = max(again, part * encoded * self.cost[tower].block)
+        if config.engine.checkpoint_activations:
+            parts["activations: a block again"] = again
         parts["working memory"] = working
         pixels = sum(n for role, n in roles.items() if role in IMAGES) * 3 * self.size**2
         parts["batch"] = rows * pixels

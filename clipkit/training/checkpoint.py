@@ -1,4 +1,4 @@
-"""Whole checkpoints, in one form for every engine and world size.
+"""Whole checkpoints, read alike by every engine and world size.
 
     checkpoints/step_00000200/
       model.json  model.safetensors      the student, loadable by `clipkit.load` alone
@@ -8,9 +8,12 @@
       state.json                         step, position in the data, what the guard counted, the loss scale, config
       rng_0.safetensors …                one per rank
 
-Everything is written into a hidden folder first and renamed when complete, so a killed save leaves no half
-checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the copy
-itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
+With `save_form: sharded` each rank writes model-00000-of-00002.safetensors and its like, with the numbers that it holds
+(`clipkit.model.pieces`): weights and moments are not gathered, and the ranks write side by side.
+
+Everything is written into a hidden folder first and renamed when complete, so a killed save, or a power cut, leaves no
+half checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the
+copy itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit import distributed
@@ -35,13 +38,17 @@ from clipkit.config import Config
 from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.errors import UserError
-from clipkit.model.load import description, save_parts
+from clipkit.model.load import description, save_description, save_parts
+from clipkit.model.pieces import Layout, load_table, save_pieces
+from clipkit.model.tables import write_table
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
 from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
+from clipkit.training.meeting import Meeting
 from clipkit.training.mirror import Mirror
 from clipkit.training.optim import MOMENTS
+from clipkit.training.retention import kept
 
 BESIDE_BYTES = 1_000_000
 """Room for everything small: headers, random states, the config."""
@@ -64,9 +71,18 @@ class Checkpoints:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._under_way: tuple[Path, Future[None] | None] | None = None
-        """The checkpoint being written, and at the main rank what writes it."""
+        """The checkpoint being written, and at ranks that write what writes it."""
         self._copied = Event()
         self._copied.set()
+        self._meeting: Meeting | None = None
+        self._sharded = self.config.save_form == "sharded"
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._meeting:
+            self._meeting.leave()  # after an error a rank may never write its part
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`; with `save_async` begin to, when the one before is whole.
@@ -76,11 +92,14 @@ class Checkpoints:
         self.finish()
         final = self.folder / "checkpoints" / f"step_{step:08d}"
         partial = _partial(final)
-        parts = _Parts(description(self.engine.bare), self._state(step), self._tables())
-        self._together(final, lambda: self._prepare(partial, parts.tables))
+        tables, layouts = self._pieces() if self._sharded else (self._tables(), {})
+        parts = _Parts(description(self.engine.bare), self._state(step), tables, layouts)
+        needed = distributed.gather_objects(_bytes(tables))
+        self._together(final, lambda: self._prepare(partial, sum(needed) if self._sharded else needed[0]))
         self._together(final, lambda: _write_random_state(partial))
+        self._meeting = Meeting(self.config.engine.timeout_s) if self._sharded else None
         future = None
-        if distributed.is_main():
+        if distributed.is_main() or self._sharded:
             self._copied.clear()
             future = self._thread.submit(self._write, final, parts)
         self._under_way = final, future
@@ -143,9 +162,25 @@ class Checkpoints:
         tables["optimizer"] = self.engine.moments() if self.guard.updates else {}
         if self.teacher and (own := self.teacher.state()):
             tables["teacher"] = own
-        if remembered := self.objective.state():
-            tables["terms"] = {name: x.clone() for name, x in remembered.items()}
-        return tables
+        return tables | self._remembered()
+
+    def _pieces(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Layout]]:
+        """What this rank writes down, by file name, and where it belongs; what terms remember the main rank, whole."""
+        pieces = {"model": self.engine.weight_pieces()}
+        pieces["optimizer"] = self.engine.moment_pieces() if self.guard.updates else {}
+        if self.teacher and (own := self.teacher.pieces()):
+            pieces["teacher"] = own
+        tables = {name: {key: piece.values for key, piece in table.items()} for name, table in pieces.items()}
+        model = tables["model"]
+        model |= {name: model[name].clone() for name, _ in self.engine.bare.named_buffers() if name in model}
+        tables |= self._remembered()
+        return tables, {
+            name: {key: (piece.start, piece.shape) for key, piece in table.items()} for name, table in pieces.items()
+        }
+
+    def _remembered(self) -> dict[str, dict[str, Tensor]]:
+        remembered = {name: x.clone() for name, x in self.objective.state().items()}
+        return {"terms": remembered} if remembered else {}
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
@@ -171,47 +206,69 @@ class Checkpoints:
             stays = f"{whole[-1].name} stays as it was" if whole else "no checkpoint from before"
             raise UserError(f"{final}: cannot be written: {problems[0]}; {stays}; make room and go on with --resume")
 
-    def _prepare(self, partial: Path, tables: dict[str, dict[str, Tensor]]) -> None:
+    def _prepare(self, partial: Path, needed: int) -> None:
         if not distributed.is_main():
             return
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        needed = sum(x.numel() * x.element_size() for table in tables.values() for x in table.values()) + BESIDE_BYTES
+        needed += BESIDE_BYTES
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
 
     def _write(self, final: Path, parts: _Parts) -> None:
-        """In the thread, at the main rank: all but the random states, which lie there already."""
+        """In the thread, at ranks that write: all but the random states, which lie there already."""
+        partial = _partial(final)
+        if meeting := self._meeting:
+            try:
+                self._write_tables(partial, parts)
+            except Exception as error:
+                meeting.tell(str(error) or repr(error))
+                raise
+            meeting.tell("")
+            if not distributed.is_main():
+                return
+            if problem := meeting.wait():
+                raise OSError(problem)
+            save_description(parts.about, partial)
+        else:
+            self._write_tables(partial, parts)
+        self._complete(final, parts)
+
+    def _write_tables(self, partial: Path, parts: _Parts) -> None:
         tables = parts.tables
         try:
             if self.config.save_async:
                 tables = {name: host_copy(table, parts.ready) for name, table in tables.items()}
         finally:
             self._copied.set()
-        partial = _partial(final)
         for name, table in tables.items():
             table = table if self.config.save_async else host_copy(table, parts.ready)  # then one at a time
-            if name == "model":
+            if name in parts.layouts:
+                save_pieces(table, parts.layouts[name], partial, name)
+            elif name == "model":
                 save_parts(table, parts.about, partial)
             else:
-                save_file(table, partial / f"{name}.safetensors")
+                write_table(table, partial / f"{name}.safetensors")
+
+    def _complete(self, final: Path, parts: _Parts) -> None:
+        """At the main rank, when all tables are written: from here on the checkpoint counts."""
+        partial = _partial(final)
         (partial / "state.json").write_text(json.dumps(parts.state, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _to_disk(path)  # before the name, or a power cut leaves a whole name with half files
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in whole_checkpoints(self.folder)[: -self.config.keep]:
-            if not (self.mirror and self.mirror.reads(old)):
-                shutil.rmtree(old)
+        _to_disk(final.parent)
+        prune(self.folder, self.config, self.mirror)
         if self.mirror:
             self.mirror.push(final)
 
     def _load(self, path: Path) -> None:
         self.engine.load_weights(path)
         if self.teacher:
-            own = path / "teacher.safetensors"
-            self.teacher.load_state(load_file(own) if own.is_file() else {})
-        terms = path / "terms.safetensors"
-        self.objective.load_state(load_file(terms) if terms.is_file() else {})
+            self.teacher.load_state(load_table(path, "teacher"))
+        self.objective.load_state(load_table(path, "terms"))
         self.engine.load_moments(_read_moments(path, self.config.optim.kind), self.guard.updates)
         rng = path / f"rng_{distributed.rank()}.safetensors"
         if rng.is_file():  # absent on ranks that the saving world did not have
@@ -219,10 +276,19 @@ class Checkpoints:
 
 
 class _Parts:
-    """What a checkpoint is made of: what model.json and state.json say, and tables by file name, not copied yet."""
+    """What a checkpoint is made of: what model.json and state.json say, and tables by file name, not copied yet.
 
-    def __init__(self, about: dict[str, Any], state: dict[str, Any], tables: dict[str, dict[str, Tensor]]):
-        self.about, self.state, self.tables = about, state, tables
+    `layouts`: where the pieces of the sharded form belong; empty in the full one.
+    """
+
+    def __init__(
+        self,
+        about: dict[str, Any],
+        state: dict[str, Any],
+        tables: dict[str, dict[str, Tensor]],
+        layouts: dict[str, Layout],
+    ):
+        self.about, self.state, self.tables, self.layouts = about, state, tables, layouts
         self.ready: Any = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         """On a GPU: when all that was asked for before is done."""
 
@@ -242,17 +308,39 @@ def host_copy(table: dict[str, Tensor], ready: Any) -> dict[str, Tensor]:
     return copies
 
 
+def _bytes(tables: dict[str, dict[str, Tensor]]) -> int:
+    return sum(x.numel() * x.element_size() for table in tables.values() for x in table.values())
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def _to_disk(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write_random_state(partial: Path) -> None:
-    save_file({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
+    write_table({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def prune(folder: Path, config: Config, mirror: Mirror | None = None) -> None:
+    """Remove a run's checkpoints that need not stay, but for one that is just being copied."""
+    whole = whole_checkpoints(folder)
+    stay = kept([path.name for path in whole], config)
+    for old in whole:
+        if old.name not in stay and not (mirror and mirror.reads(old)):
+            shutil.rmtree(old)
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -263,7 +351,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 def _read_moments(path: Path, kind: str) -> dict[str, Tensor]:
     """The saved moments by name. Raises UserError when another kind of optimizer wrote them."""
-    moments = load_file(path / "optimizer.safetensors")
+    moments = load_table(path, "optimizer")
     found = sorted({name.partition(".")[0] for name in moments})
     if found and found != sorted(MOMENTS[kind]):
         wrote = next((other for other, keys in MOMENTS.items() if sorted(keys) == found), "another kind")

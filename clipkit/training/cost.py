@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipkit.errors import UserError
 from clipkit.model.heads import build_heads
 from clipkit.model.names import resolve
+from clipkit.model.recompute import recompute_blocks
 from clipkit.model.spec import (
     Spec,
     custom_spec,
@@ -35,7 +36,7 @@ from clipkit.model.spec import (
     read_model_json,
     text_spec,
 )
-from clipkit.model.towers import build_towers
+from clipkit.model.towers import blocks, build_towers
 from clipkit.settings import ModelConfig
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +84,8 @@ class Cost:
     """Bytes that the largest single operation reads and writes."""
     casts: float
     """Bytes of weights in lower precision that are kept, once, whatever the number of rows."""
+    block: float = 0.0
+    """Bytes that the largest block keeps while it is computed again, where blocks are (`checkpoint_activations`)."""
 
 
 def spec_of(model: ModelConfig) -> tuple[Spec, int]:
@@ -168,24 +171,41 @@ def texts(model: Encoders) -> Encode:
 
 
 def measure(
-    spec: Spec, precision: str = "fp32", *, locks: tuple[bool, bool] = (False, False), device: str | None = None
+    spec: Spec,
+    precision: str = "fp32",
+    *,
+    locks: tuple[bool, bool] = (False, False),
+    recompute: bool = False,
+    device: str | None = None,
 ) -> dict[str, Cost]:
     """The cost of a picture (`image`) and of a text (`text`), with those `locks` on the towers.
 
     Texts are as long as the context allows. Memory is that on `device`: of a GPU, where this torch knows of GPUs.
+    `recompute`: learning towers keep what enters their blocks. Raises UserError for towers that cannot.
     """
-    device = device or ("cuda" if torch.backends.cuda.is_built() else "cpu")
-    flops = _with_shapes(spec, locks, "cpu", _flops)
+    device, dtype = device or ("cuda" if torch.backends.cuda.is_built() else "cpu"), AUTOCAST[precision]
+    flops = _with_shapes(spec, locks, "cpu", _flops, recompute)
     with _fused_attention() if device == "cuda" else nullcontext():
-        saved = _with_shapes(spec, locks, device, partial(_bytes, dtype=AUTOCAST[precision]))
-    return {name: Cost(*flops[name], *saved[name]) for name in flops}
+        saved = _with_shapes(spec, locks, device, partial(_bytes, dtype=dtype), recompute)
+        again = _with_shapes(spec, locks, device, partial(_block_bytes, dtype=dtype), False) if recompute else {}
+    found = {name: Cost(*flops[name], *saved[name]) for name in flops}
+    for name, (block, casts) in again.items():
+        found[name] = replace(found[name], block=block, casts=found[name].casts + casts)
+    return found
 
 
 def _with_shapes(
-    spec: Spec, locks: tuple[bool, bool], device: str, look: Callable[[nn.Module, Encode, Reader], tuple[float, ...]]
+    spec: Spec,
+    locks: tuple[bool, bool],
+    device: str,
+    look: Callable[[nn.Module, Encode, Reader], tuple[float, ...]],
+    recompute: bool,
 ) -> dict[str, tuple[float, ...]]:
     with shapes_only(device):
         model = encoders(spec, lock_image=locks[0], lock_text=locks[1])
+        for tower, locked in zip((model.image, model.text), locks):
+            if recompute and not locked:
+                recompute_blocks(tower)
         whole = nn.ModuleList([model.image, model.image_head, model.text, model.heads])
 
         def tokens(rows: int) -> Tensor:
@@ -230,10 +250,51 @@ def _bytes(model: nn.Module, encode: Encode, read: Reader, *, dtype: torch.dtype
     return saved, working, few - saved * ROWS[0]
 
 
+def _block_bytes(model: nn.Module, encode: Encode, read: Reader, *, dtype: torch.dtype | None) -> tuple[float, ...]:
+    """Bytes a row that the block keeps which keeps most; bytes that it keeps whatever the number of rows."""
+    few, many = (_largest_block(model, encode, read(rows), dtype) for rows in ROWS)
+    each = (many - few) / (ROWS[1] - ROWS[0])
+    return each, few - each * ROWS[0]
+
+
+def _largest_block(model: nn.Module, encode: Encode, rows: Tensor, dtype: torch.dtype | None) -> int:
+    sizes = [0]
+    with _autocast(rows.device.type, dtype), _keeping(model) as kept:
+
+        def enter(*_: Any) -> None:
+            sizes.append(-_total(kept))
+
+        def leave(*_: Any) -> None:
+            sizes[-1] += _total(kept)
+
+        for block in blocks(model):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
+        encode(rows)
+    return max(sizes)
+
+
 def saved_bytes(call: Callable[[], Any], model: nn.Module) -> int:
     """Bytes that autograd keeps when `call` is made, each memory once, without what the model holds anyway."""
+    with _keeping(model) as kept:
+        result = call()
+        total = _total(kept)
+    del result
+    return total
+
+
+Memories = dict[int, torch.UntypedStorage]
+
+
+def _total(kept: Memories) -> int:
+    return sum(memory.nbytes() for memory in kept.values())
+
+
+@contextmanager
+def _keeping(model: nn.Module) -> Iterator[Memories]:
+    """What autograd keeps of whatever is called inside, by memory, without what the model holds anyway."""
     own = {x.untyped_storage()._cdata for x in chain(model.parameters(), model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: Memories = {}
 
     def pack(x: Tensor) -> Tensor:
         memory = x.untyped_storage()
@@ -242,10 +303,7 @@ def saved_bytes(call: Callable[[], Any], model: nn.Module) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = call()
-    total = sum(memory.nbytes() for memory in kept.values())
-    del result
-    return total
+        yield kept
 
 
 class _Largest(TorchDispatchMode):

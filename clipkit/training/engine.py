@@ -26,6 +26,7 @@ from clipkit.data.batch import Batch
 from clipkit.errors import UserError
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.embeddings import Embeddings
+from clipkit.model.pieces import Piece, share
 from clipkit.model.teacher import Teacher
 from clipkit.model.weights import weights_into
 from clipkit.training.accumulate import EmbeddingCache
@@ -158,6 +159,15 @@ class Engine:
                     out[f"{key}.{name}"] = value.detach().float()
         return out
 
+    def weight_pieces(self) -> dict[str, Piece]:
+        """Of the model's tensors what this rank holds, or an equal share of what all hold, not copied."""
+        return {name: share(x.detach()) for name, x in self.bare.state_dict().items()}
+
+    def moment_pieces(self) -> dict[str, Piece]:
+        """The same of the optimizer's moments, by MOMENT.PARAMETER. Neither exchanges a word."""
+        found = [(f"{key}.{name}", self._moment_piece(p, key)) for name, p in self._learning() for key in self._kept]
+        return {name: piece for name, piece in found if piece}
+
     def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
         """Put back what `moments` gave after so many updates."""
         for name, parameter in self._learning():
@@ -219,6 +229,10 @@ class Engine:
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
         return self.optimizer.state.get(parameter, {}).get(key)
+
+    def _moment_piece(self, parameter: nn.Parameter, key: str) -> Piece | None:
+        value = self.optimizer.state.get(parameter, {}).get(key)
+        return None if value is None else share(value.detach().float())
 
     def _placed(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """A full moment as this rank keeps it."""

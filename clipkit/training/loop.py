@@ -22,15 +22,17 @@ from clipkit.errors import Stopped, UserError
 from clipkit.evaluation.run import evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
+from clipkit.negatives.online import online
 from clipkit.objective import Objective
 from clipkit.training.alarm import Alarm
-from clipkit.training.checkpoint import Checkpoints, whole_checkpoints
+from clipkit.training.checkpoint import Checkpoints, prune, whole_checkpoints
 from clipkit.training.engine import Engine, engine_for
 from clipkit.training.features import cached_features
 from clipkit.training.guard import Guard
 from clipkit.training.log import RunLog
 from clipkit.training.mirror import Mirror
 from clipkit.training.optim import build_optimizer, learning_rate, set_learning_rate
+from clipkit.training.stopping import Stopping
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -42,17 +44,18 @@ def train(config: Config, *, resume: bool = False) -> Path:
     engine = engine_for(config)
     with Alarm():
         mirror = Mirror(config) if config.mirror and distributed.is_main() else None
-        last = _train(config, engine, folder, mirror, resume)
+        last, over = _train(config, engine, folder, mirror, resume)
         engine.close()
     if mirror:
         mirror.close()
-    if last < config.steps:
+        prune(folder, config)  # what was being copied when its time had come
+    if not over:
         raise Stopped(f"{folder}: stopped after step {last}, saved; go on with --resume", config.guard.requeue_code)
     return folder
 
 
-def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, resume: bool) -> int:
-    """The run itself; returns the last step, which is saved."""
+def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, resume: bool) -> tuple[int, bool]:
+    """The run itself; returns the last step, which is saved, and whether the run is over."""
     _seed(config.seed)
     index, plan = open_data(config)
     model = build(config.model)
@@ -68,9 +71,13 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
     checkpoints = Checkpoints(folder, config, plan, engine, teacher, objective, guard, mirror)
     start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
+    stopping = Stopping(config, folder, start) if config.stop.metric else None
     last = start
-    with guard, RunLog(folder, config, start) as log:
-        for step, batch in zip(range(start, config.steps), loader.steps(start, config.steps), strict=True):
+    with guard, checkpoints, RunLog(folder, config, start) as log:
+        if stopping and not stopping.knows(start):
+            _evaluate(config, engine, folder, log, stopping, start)
+        end = start if stopping and stopping.enough else config.steps
+        for step, batch in zip(range(start, end), loader.steps(start, end), strict=True):
             log.waited()
             set_learning_rate(engine.optimizer, learning_rate(step, config))
             batch = batch.to(engine.device)
@@ -104,11 +111,13 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
             if due and guard.sound:
                 checkpoints.save(last)
             if _due(last, config.evaluate_every, config):
-                log.evaluation(last, _evaluate(config, engine.whole_model(), folder))
+                _evaluate(config, engine, folder, log, stopping, last)
+            if stopping and stopping.enough:
+                break
         if start < last:
             checkpoints.save(last)
         checkpoints.finish()
-    return last
+    return last, last == config.steps or bool(stopping and stopping.enough)
 
 
 def _open_run(config: Config, resume: bool) -> Path:
@@ -146,6 +155,8 @@ def _loader(
         world=distributed.world_size(),
         features=features,
         teacher_roles=teacher_roles(config),
+        online=online(config),
+        steps=config.steps,
     )
 
 
@@ -156,9 +167,12 @@ def _due(step: int, every_samples: int, config: Config) -> bool:
     return step * config.batch_size // every_samples > (step - 1) * config.batch_size // every_samples
 
 
-def _evaluate(config: Config, model: DualEncoder, folder: Path) -> dict[str, float]:
-    """Headline numbers of the suite; the results so far lie in the run's results/. Every rank takes part."""
+def _evaluate(config: Config, engine: Engine, folder: Path, log: RunLog, stopping: Stopping | None, step: int) -> None:
+    """Write down the suite's headline numbers; the results lie in the run's results/. Every rank takes part."""
+    model = engine.whole_model()
     results = evaluate(
         model, suite=config.suite, roots=config.roots, out=folder / "results", model_name=config.name, show=False
     )
-    return {result.benchmark: result.score.value for result in results}
+    if stopping:
+        stopping.judge(step, results, model)
+    log.evaluation(step, {result.benchmark: result.score.value for result in results})

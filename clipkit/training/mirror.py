@@ -1,4 +1,4 @@
-"""Copies of a run's newest checkpoints in another place: a folder, or whatever fsspec has a URL for (s3, gs, ...).
+"""Copies of a run's checkpoints in another place: a folder, or whatever fsspec has a URL for (s3, gs, ...).
 
     MIRROR/step_00000200/   the files of checkpoints/step_00000200; state.json comes last, and says that all are there
 
@@ -19,6 +19,7 @@ from clipkit.config import Config
 from clipkit.data.remote import filesystem, within
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
+from clipkit.training.retention import for_good, kept
 
 TRIES, PAUSE_S = 4, 2.0
 """Attempts at one checkpoint, and the pause after the first, which doubles."""
@@ -26,20 +27,20 @@ LAST = "state.json"
 
 
 class Mirror:
-    """The mirror of one run. Checkpoints are copied by a thread, one at a time; only the newest waits.
+    """The mirror of one run. Checkpoints are copied by a thread, one at a time; the newest waits, and those for good.
 
     Raises UserError where no store can be had at the address.
     """
 
     def __init__(self, config: Config):
-        self.url, self._keep = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config.keep
+        self.url, self._config = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config
         self._store, self._root = filesystem(self.url)
         self._thread = ThreadPoolExecutor(1)
         self._newest: Path | None = None
         self._reading: Path | None = None
 
     def push(self, checkpoint: Path) -> None:
-        """Have it copied soon; those that still wait no longer count."""
+        """Have it copied soon; those that still wait no longer count, but for what stays for good."""
         self._newest = checkpoint
         self._thread.submit(self._copy, checkpoint)
 
@@ -69,7 +70,7 @@ class Mirror:
     def _copy(self, checkpoint: Path) -> None:
         reason: Exception | None = None
         for number in range(TRIES):
-            if checkpoint != self._newest:
+            if checkpoint != self._newest and not self._stays(checkpoint):
                 return
             if reason:
                 time.sleep(PAUSE_S * 2 ** (number - 1))
@@ -84,6 +85,10 @@ class Mirror:
                 self._reading = None
         _say(f"mirror: {checkpoint.name} could not be copied to {shown(self.url)}, tried {TRIES} times: {reason}")
 
+    def _stays(self, checkpoint: Path) -> bool:
+        names = sorted(path.name for path in checkpoint.parent.glob("step_*"))
+        return checkpoint.name in for_good(names, self._config)
+
     def _upload(self, checkpoint: Path) -> None:
         self._remove(checkpoint.name)
         self._ask("makedirs", self._path(checkpoint.name), exist_ok=True)
@@ -92,9 +97,9 @@ class Mirror:
             self._ask("put_file", str(file), self._path(checkpoint.name, file.name), size=file.stat().st_size)
 
     def _clear(self) -> None:
-        """Take away all but the newest `keep`, and what was never whole."""
-        kept = self._whole()[-self._keep :]
-        for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(kept):
+        """Take away what need not stay, and what was never whole."""
+        stay = kept(self._whole(), self._config)
+        for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(stay):
             self._remove(name)
 
     def _remove(self, name: str) -> None:

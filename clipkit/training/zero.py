@@ -19,6 +19,7 @@ from clipkit import distributed
 from clipkit.config import Config
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.load import alike
+from clipkit.model.pieces import Piece, share
 from clipkit.training.engine import Engine, accelerator_for, start_process_group
 
 RESIDENT = 100_000
@@ -117,6 +118,17 @@ class Zero12Engine(_DividingEngine):
         self._link_shards()
         return super().moments()
 
+    def moment_pieces(self) -> dict[str, Piece]:
+        """Of the optimizer's moments what this rank holds, by MOMENT.PARAMETER. No word is exchanged."""
+        self._link_shards()
+        return super().moment_pieces()
+
+    def _moment_piece(self, parameter: Any, key: str) -> Piece | None:
+        held = parameter._hp_mapping
+        if held is None:
+            return None
+        return Piece(held.get_hp_fragment(key), held.lp_fragment_address.start, tuple(parameter.shape))
+
     def _link_shards(self) -> None:
         """Tell every parameter where its moments lie. DeepSpeed does so once, when only the first group has stepped."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
@@ -133,6 +145,18 @@ class Zero3Engine(_DividingEngine):
         """The model's tensors by name, each in full, on the CPU. All ranks ask together."""
         with self.student():
             return {name: x.detach().to("cpu", copy=True) for name, x in self.bare.state_dict().items()}
+
+    def weight_pieces(self) -> dict[str, Piece]:
+        """Of the model's tensors what this rank holds, not copied. No word is exchanged."""
+        buffers = {
+            name: share(x) for name, x in self.bare.state_dict().items() if name in dict(self.bare.named_buffers())
+        }
+        return buffers | {name: _held(p, p.ds_tensor) for name, p in self.bare.named_parameters()}
+
+    def _moment_piece(self, parameter: nn.Parameter, key: str) -> Piece | None:
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        return _held(parameter, safe_get_local_optimizer_state(parameter, key))
 
     def load_weights(self, checkpoint: Path) -> None:
         """Put a checkpoint's weights in place. Raises UserError when it is of another architecture."""
@@ -174,15 +198,29 @@ def _own_part(value: Tensor, parameter: Any) -> Tensor:
     return padded[distributed.rank() * size :][:size]
 
 
+def _held(parameter: Any, values: Tensor) -> Piece:
+    """This rank's `values` of something divided like `parameter`, without what pads them."""
+    start = parameter.ds_tensor.numel() * distributed.rank()
+    most = max(0, parameter.ds_numel - start)
+    return Piece(values.detach().flatten()[:most], start, tuple(parameter.ds_shape))
+
+
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     """The DeepSpeed settings of a run; every default that surprises is written out."""
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "stage3_param_persistence_threshold": RESIDENT}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.engine.offload != "none":
+        zero["offload_optimizer"] = host
+    if config.engine.offload == "all":
+        zero["offload_param"] = host
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // world // config.engine.accumulate,
         "gradient_accumulation_steps": config.engine.accumulate,
         # Absent means 1.0, not off. Stage 0 does not tell the norm: it is clipped here.
         "gradient_clipping": config.optim.grad_clip if config.engine.zero_stage else 0.0,
-        "zero_optimization": {"stage": config.engine.zero_stage, "stage3_param_persistence_threshold": RESIDENT},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW for the host wants a compiler, and knows no Lion
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,

@@ -136,7 +136,17 @@ def zeroshot(skill: int) -> Result:
         items=items,
         tie={"policy": "official", "rule": "strict", "rate": 0.0, "by_score": {}},
         coverage={"share": 1.0, "rows": 60, "missing": {}},
-        details={"classes": names, "confusions": [{"class": "cat", "taken_for": "dog", "count": 3, "share": 0.15}]},
+        details={
+            "calibration": {
+                "ece": 0.1,
+                "bins": [
+                    {"from": 0.4, "sure": 0.45, "right": 0.3, "n": 20},
+                    {"from": 0.8, "sure": 0.85, "right": skill / 10, "n": 40},
+                ],
+            },
+            "classes": names,
+            "confusions": [{"class": "cat", "taken_for": "dog", "count": 3, "share": 0.15}],
+        },
         examples=examples,
     )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from clipkit import html
 from clipkit.errors import UserError
 from clipkit.evaluation.report import charts, examples, lines, markdown_table, words, write_report
+from clipkit.evaluation.report.lines import Line
 from clipkit.evaluation.report.paired import Change, Pairing
 from clipkit.evaluation.report.runs import compare, read_runs
 from clipkit.evaluation.result import Metric
@@ -47,7 +50,12 @@ def test_elements_escape_everything_but_markup():
 
 
 def test_nothing_is_loaded_and_nothing_lies_beside(report: Path, page: Markup):
-    assert sorted(p.name for p in report.parent.iterdir()) == ["report.csv", "report.html"]
+    assert sorted(p.name for p in report.parent.iterdir()) == [
+        "report.csv",
+        "report.html",
+        "report.jsonl",
+        "report.md",
+    ]
     links = [a.get("src") or a.get("href") or "" for tag in ("img", "link", "script", "a") for a in page.all(tag)]
     assert all(link.startswith(("data:", "#")) for link in links if link)
     assert "default-src 'none'" in next(a["content"] or "" for a in page.all("meta") if a.get("http-equiv"))
@@ -246,7 +254,57 @@ def test_nothing_to_report_and_broken_results(tmp_path: Path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_every_row_with_what_each_run_made_of_it(report: Path, runs: list[tuple[str, Path]]):
+    rows = [json.loads(line) for line in report.with_suffix(".jsonl").read_text().splitlines()]
+    first, second = (
+        {(r.benchmark, i["id"]): i["correct"] for r in run.results.values() for i in r.items} for run in read_runs(runs)
+    )
+    assert {(row["benchmark"], row["id"]) for row in rows} == first.keys() | second.keys()
+    for row in rows:
+        place = row["benchmark"], row["id"]
+        expected = {"clip": first.get(place), f"degla{HOSTILE}": second.get(place)}
+        assert row["correct"] == {name: value for name, value in expected.items() if value is not None}
+    assert report.with_suffix(".md").read_text() == markdown_table(runs)
+
+
+def test_radar_by_category():
+    """Corners lie on the spokes, as far out as the share; what names share is left out."""
+    found = [
+        Line((f"World, part {n}", "top-1"), "top1", [Metric(v, v, v, 9) for v in values], [])
+        for n, values in enumerate([(0.0, 1.0), (0.5, 0.25), (1.0, 0.75), (0.2, 0.4)])
+    ]
+    page = Markup(str(charts.radar("By category", found, ["a", "b"])))
+    outlines = [a["points"] for a in page.all("polygon") if "curve" in (a["class"] or "")]
+    corners = [[tuple(map(float, corner.split(","))) for corner in (points or "").split()] for points in outlines]
+    middle = (230.0, 155.0)
+    assert [round(math.dist(corner, middle) / 122, 2) for corner in corners[0]] == [0.0, 0.5, 1.0, 0.2]
+    assert corners[1][0] == (230.0, 33.0) and corners[0][1] == (291.0, 155.0)  # upwards, then to the right
+    assert "part 0" in page.text and "World, part 0, top-1" in page.text
+    assert charts.radar("", found[:2], ["a", "b"]) is None and charts.radar("", found * 5, ["a", "b"]) is None
+    holes = [replace(found[0], metrics=[None, found[0].metrics[1]]), *found[1:]]
+    assert (
+        sum("curve" in (a["class"] or "") for a in Markup(str(charts.radar("", holes, ["a", "b"]))).all("polygon")) == 1
+    )
+
+
+def test_reliability_shows_every_bin(page: Markup):
+    said = [text for text in page.text if "% sure" in text]
+    assert sum("45 % sure, 30 % right, n 20" in text for text in said) == 2  # one a run
+    assert sum("85 % sure" in text and "n 40" in text for text in said) == 2
+    assert any("expected calibration error" in text and "10.0 % in clip" in text for text in page.text)
+
+
+def test_furthest_wrong_come_first(tmp_path: Path):
+    result = compositional(3)
+    result.examples[2]["worst"] = result.examples[7]["worst"] = True
+    result.save(tmp_path / "results")
+    text = "".join(Markup(write_report([("a", tmp_path)], tmp_path / "r.html").read_text()).text)
+    assert "Furthest wrong (2)" in text and text.index("Furthest wrong (2)") < text.index("Wrong (")
+    assert text.count(result.examples[2]["id"]) == 1
+
+
 CHECKS = """
+for (const head of document.querySelectorAll("th button")) { head.click(); head.click(); }
 const table = document.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
 const column = heads.findIndex((head) => head.textContent.includes("clip"));
 const values = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[column].dataset.sort));

@@ -69,7 +69,7 @@ class Cluster:
         """What the controller knows of a job: JobState, Restarts, ExitCode, ..."""
         return dict(item.split("=", 1) for item in self.run("scontrol", "show", "job", number).split() if "=" in item)
 
-    def wait(self, number: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
+    def wait(self, number: str, *states: str, timeout_s: float = 400) -> dict[str, str]:
         """The job once it is in one of these states."""
         limit = time.monotonic() + timeout_s
         while time.monotonic() < limit:
@@ -96,7 +96,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     ]
     running = Cluster(folder)
     try:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while "idle" not in _states(running):
             assert time.monotonic() < limit, (folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.2)

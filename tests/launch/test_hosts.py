@@ -23,7 +23,7 @@ from tests.training.runs import losses, samples
 
 pytestmark = pytest.mark.slow
 NAMES = ("clipkit-h1", "clipkit-h2")
-LONG = 16 * 400
+LONG = 16 * 200
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def two(folder: Path) -> Iterator[Hosts]:
 def tree(folder: Path) -> dict:
     """The config of a small DeGLA run."""
     write_shards(tiny_samples(48), folder / "shards", per_shard=20, name="tiny", progress=False)
-    return degla_tree(f"{folder}/shards/tiny-*.tar", folder) | {"engine": {"timeout_s": 60}}
+    return degla_tree(f"{folder}/shards/tiny-*.tar", folder) | {"engine": {"timeout_s": 180}}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def written(tree: dict, folder: Path, name: str, **more: object) -> str:
 
 def ended(*processes: subprocess.Popen[str]) -> None:
     for process in processes:
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
 
 
@@ -71,7 +71,7 @@ def same(run: Path, alone: Path) -> None:
 
 def test_torchrun_on_two_hosts(two: Hosts, tree: dict, alone: Path, folder: Path):
     config, before = written(tree, folder, "torchrun"), two.received(NAMES[0])
-    meet = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": NAMES[0], "JOIN_S": "120"}
+    meet = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": NAMES[0], "JOIN_S": "400"}
     ended(*(two.start(name, ["bash", "launch/torchrun.sh", config], **meet) for name in NAMES))
     same(folder / "runs/torchrun", alone)
     assert two.received(NAMES[0]) - before > 20 * 100_000  # at least each step's gradient
@@ -94,7 +94,7 @@ def test_deepspeeds_hostfile_on_two_hosts(two: Hosts, tree: dict, alone: Path, f
 
 
 def wait_for(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    log, limit = run / "samples.jsonl", time.monotonic() + 200
+    log, limit = run / "samples.jsonl", time.monotonic() + 400
     while (log.read_text().count("\n") if log.is_file() else 0) < steps:
         assert time.monotonic() < limit and process.poll() is None, process.communicate(timeout=10)[0]
         time.sleep(0.02)
@@ -105,7 +105,7 @@ def long_alone(tree: dict) -> Path:
     return train(Config.model_validate(tree | {"name": "long_alone", "samples": LONG}))
 
 
-SHRINKING = {"NNODES": "1:2", "NPROC": "1", "JOIN_S": "120", "LAST_CALL_S": "3"}
+SHRINKING = {"NNODES": "1:2", "NPROC": "1", "JOIN_S": "400", "LAST_CALL_S": "3"}
 
 
 def test_a_host_that_is_lost(two: Hosts, tree: dict, long_alone: Path, folder: Path):
@@ -115,14 +115,16 @@ def test_a_host_that_is_lost(two: Hosts, tree: dict, long_alone: Path, folder: P
     left, lost = (two.start(name, ["bash", "launch/torchrun.sh", config], **meet) for name in NAMES)
     wait_for(run, 45, left)
     two.lose(NAMES[1])
-    lost.communicate(timeout=30)
+    lost.communicate(timeout=60)
     ended(left)
     same(run, long_alone)
-    assert len(list((run / "checkpoints/step_00000400").glob("rng_*.safetensors"))) == 1
+    assert len(list((run / "checkpoints/step_00000200").glob("rng_*.safetensors"))) == 1
 
 
 def test_a_node_that_is_lost_on_one_machine(tree: dict, long_alone: Path, folder: Path):
     """The same with two agents beside each other, where namespaces are not permitted."""
+    if available(folder / "again"):
+        pytest.skip("hosts of their own show it here")
     config, run = written(tree, folder, "agents", samples=LONG, save_every=16 * 20), folder / "runs/agents"
     port = str(free_ports(1)[0])
     meet = environment(folder) | SHRINKING | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -140,6 +142,6 @@ def test_a_node_that_is_lost_on_one_machine(tree: dict, long_alone: Path, folder
     wait_for(run, 45, left)
     for process in [*psutil.Process(lost.pid).children(recursive=True), lost]:
         os.kill(process.pid, signal.SIGKILL)
-    lost.communicate(timeout=30)
+    lost.communicate(timeout=60)
     ended(left)
     same(run, long_alone)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+HERE, CI = Path(__file__).parent, LAUNCH.parent / ".ci" / "run"
 SCRIPTS = sorted(p.name for p in LAUNCH.glob("*.sh") if p.name != "common.sh")
 
 
@@ -42,10 +43,9 @@ def test_there_are_four() -> None:
     assert SCRIPTS == ["deepspeed.sh", "local.sh", "slurm.sh", "torchrun.sh"]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
-def test_they_are_clean_shell(script: str) -> None:
-    path = LAUNCH / script
-    assert (script == "common.sh") != os.access(path, os.X_OK)
+@pytest.mark.parametrize("path", [*LAUNCH.glob("*.sh"), *HERE.glob("*.sh"), CI], ids=lambda path: path.name)
+def test_they_are_clean_shell(path: Path) -> None:
+    assert (path.name == "common.sh") != os.access(path, os.X_OK)
     subprocess.run(["bash", "-n", str(path)], check=True)
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if shellcheck.is_file():

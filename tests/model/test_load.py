@@ -59,6 +59,7 @@ def test_round_trip_is_bit_equal_and_needs_nothing_else(config: Any, tmp_path: P
     model = build(config).eval()
     save(model, tmp_path / "a", step=7)
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["model.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in (tmp_path / "a").iterdir()}) == 1  # who reads one may read all
     assert json.loads((tmp_path / "a" / "model.json").read_text())["step"] == 7
     again = load(tmp_path / "a", device="cpu")
     assert not again.training

@@ -66,13 +66,44 @@ def asked(shards: Path, out: Path, server: ChatServer, wish: Wish | None = None,
 # prompts and answers
 
 
-@pytest.mark.parametrize("kind", [*KINDS, llm.PARAPHRASE])
+HQ_CLIP = ["long_description", "short_description", "long_negative", "short_negative", "tags", "false_tags"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, llm.PARAPHRASE, *HQ_CLIP])
 def test_examples_pass_the_filters_of_their_kind(kind: str) -> None:
     prompt = load_prompts([kind])[kind]
     assert len(prompt.examples) >= 5
     for caption, texts in prompt.examples:
         assert len(set(texts)) == 2
         assert [reason_to_drop(Case(text, caption, kind)) for text in texts] == ["", ""], caption
+
+
+def test_descriptions_and_tags_go_where_they_belong(shards: Path, tmp_path: Path, server: ChatServer) -> None:
+    written = {
+        "long_description": "a dog with brown fur is in the air over two boys who are small",
+        "short_description": "a jumping dog",
+        "long_negative": "a cat with grey fur lies asleep between two tall girls on a wide green lawn",
+        "short_negative": "a sleeping cat",
+        "tags": "Dog, two boys, jumping",
+        "false_tags": "cat, dog, girls, snow",
+    }
+
+    def write(handler: ChatHandler, question: tuple[str, str], number: int) -> bool:
+        handler.complete({"kind": question[1], "texts": [written[question[1]]]})
+        return True
+
+    server.fault = write
+    report = asked(shards, tmp_path / "out", server, Wish("m", HQ_CLIP))
+    first, second = sheets(tmp_path / "out" / "s.tar")
+    dog = first["captions"].index(CAPTIONS[0][0])
+    assert first["captions"][2:] == [written["long_description"], written["short_description"]]
+    assert first["caption_kinds"] == ["original", "original", "long", "short"]
+    assert [n["kind"] for n in first["negatives"][dog]] == ["long_negative", "short_negative"]
+    assert first["tags"] == ["dog", "two boys", "jumping"]
+    assert first["false_tags"] == ["cat", "girls", "snow"]  # the caption says dog
+    assert second["false_tags"] == ["cat", "dog", "girls", "snow"] and report.kinds["tags"] == 3
+    text = server.requests[0]["messages"][0]["content"]
+    assert text.startswith("You write about pictures") and "exactly 1 in texts" in text
 
 
 def test_a_prompt_names_its_version_and_shows_its_caption_last(tmp_path: Path) -> None:

@@ -46,13 +46,14 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, output
 
 
-def train_ranks(tree: dict, path: Path, ranks: int = 2, *, resume: bool = False) -> None:
+def train_ranks(tree: dict, path: Path, ranks: int = 2, *, resume: bool = False, timeout_s: float = 120) -> None:
     """The same run as `launch` starts, to its end, without torchrun and its imports: seconds less."""
     path.write_text(yaml.safe_dump(tree))
-    run_ranks(partial(_train, str(path), resume), ranks, timeout_s=120)
+    run_ranks(partial(train_file, str(path), resume), ranks, timeout_s=timeout_s)
 
 
-def _train(path: str, resume: bool, rank: int, world: int) -> None:
+def train_file(path: str, resume: bool, rank: int, world: int) -> None:
+    """One rank of it."""
     train(configuration.load(path), resume=resume)
 
 
@@ -69,9 +70,10 @@ def first_batch(tree: dict) -> tuple[Config, DualEncoder, Batch]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL for it and all its children: torchrun's workers live in sessions of their own."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.communicate()
 
 

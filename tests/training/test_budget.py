@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clipkit import config as configuration
 from clipkit.data.batch import Batch
 from clipkit.model import dual_encoder
 from clipkit.model.dual_encoder import build
 from clipkit.model.teacher import Teacher
-from clipkit.settings import DataConfig
+from clipkit.settings import DataConfig, TeacherConfig
 from clipkit.training import budget as budget_module
 from clipkit.training.budget import Budget, pairs_indexed
 from clipkit.training.cost import measure, spec_of
@@ -31,10 +34,10 @@ VIT = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 def looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every description is measured once in all tests, where a budget asks for it."""
 
-    def known(spec: Any, precision: str = "fp32", locks: Any = (False, False)) -> Any:
-        key = json.dumps([spec, precision, locks])
+    def known(spec: Any, precision: str = "fp32", locks: Any = (False, False), recompute: bool = False) -> Any:
+        key = json.dumps([spec, precision, locks, recompute])
         if key not in KNOWN:
-            KNOWN[key] = measure(spec, precision, locks=locks)
+            KNOWN[key] = measure(spec, precision, locks=locks, recompute=recompute)
         return KNOWN[key]
 
     monkeypatch.setattr(budget_module, "measure", known)
@@ -76,6 +79,67 @@ def test_activations_are_those_of_a_real_step(precision: str, monkeypatch: pytes
     real = kept_by(build(config.model), 16, precision)
     said = sum(16 * one.saved + one.casts for one in cost.values())
     assert said == pytest.approx(real, rel=0.1)
+
+
+DEEP = {"image": {"cfg": VIT | {"layers": 6}, "size": 32}, "text": {"width": 64, "layers": 6}}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_that_are_computed_again_keep_what_enters_them(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual_encoder, "_attention", lambda device: nullcontext())
+    config = config_of(model=DEEP, engine={"checkpoint_activations": True})
+    cost = measure(spec_of(config.model)[0], precision, recompute=True, device="cpu")
+    model = build(config.model)
+    model.recompute()
+    real = kept_by(model, 16, precision)
+    assert sum(16 * one.saved for one in cost.values()) == pytest.approx(real, rel=0.15)
+    plain = measure(spec_of(config.model)[0], precision, device="cpu")
+    for name, one in cost.items():
+        assert one.saved < 0.4 * plain[name].saved and 0.9 < one.block * 6 / (plain[name].saved - one.saved) < 1.5
+        assert one.forward == plain[name].forward and 1.3 < one.backward / plain[name].backward < 1.55
+
+
+class Live(TorchDispatchMode):
+    """Notes the most bytes of memory that are alive at once of all that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                memory = x.untyped_storage()
+                self.alive.setdefault(memory._cdata, (StorageWeakRef(memory), memory.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_fullest_moment_is_that_of_a_real_step(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations, the block at work and the largest operation, beside gradients: measured, forward and backward."""
+    monkeypatch.setattr(dual_encoder, "_attention", lambda device: nullcontext())
+    config = config_of(model=DEEP, engine={"checkpoint_activations": recompute})
+    config = config.model_copy(update={"objective": {"infonce": {}}, "teacher": TeacherConfig(), "data": DataConfig()})
+    model, rows, ids = build(config.model).train(), 64, torch.arange(64)
+    if recompute:
+        model.recompute()
+    batch = Batch(
+        image=torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8),
+        text=torch.randint(1, 100, (rows, model.tokenizer.context_length)),
+        id=ids,
+        group=ids,
+    )
+    with Live() as live:
+        z = model(batch)
+        (z.image @ z.text.T).logsumexp(1).mean().backward()
+    said = Budget(config, 1).memory(rows)
+    named = [size for part, size in said.items() if part.startswith("activations")]
+    # The largest gradient, of the token embedding, comes when most activations are gone: an upper bound.
+    assert 1.0 <= (sum(named) + said["working memory"] + said["gradients"]) / live.most < 1.25
 
 
 def test_a_gpus_attention_keeps_what_the_fused_one_keeps_here() -> None:

@@ -100,6 +100,20 @@ def test_scale_and_bias_are_read_outside_of_what_is_gathered(tiny_tree: dict) ->
             torch.testing.assert_close(weights(folder)[name], weights(alone)[name], rtol=0, atol=1e-6)
 
 
+def test_the_scale_stays_at_its_bound_in_masters_too(tiny_tree: dict) -> None:
+    """At 1, where InfoNCE wants more, it is 1 after four steps: in what each engine keeps, moments and checkpoint."""
+    tree = tiny_tree | {"samples": 64, "objective": {"infonce": {}}, "teacher": {}}
+    tree["model"] = tiny_tree["model"] | {"scale": 1.0, "scale_max": 1.0}
+    engines = [*DIVIDED, *({"kind": "deepspeed", "zero_stage": stage} for stage in (1, 2))]
+    engines.append({"kind": "deepspeed", "zero_stage": 2, "precision": "bf16"})
+    for folder in run_ranks(partial(_one_after_another, tree, engines), 2, timeout_s=120)[0]:
+        assert weights(folder)["log_scale"].item() == 0.0, folder.name
+        assert weights(folder, "optimizer")["exp_avg_sq.log_scale"].item() == 0.0, folder.name
+    tree["model"]["scale_max"] = 2.0
+    free = train(configuration.validate(tree | {"name": "free"}))
+    assert weights(free)["log_scale"].item() > 1e-4
+
+
 def _one_after_another(tree: dict, engines: list[dict], _rank: int, _world: int) -> list[Path]:
     """On a rank: the same run under each engine."""
     zero.RESIDENT = 0

@@ -144,8 +144,10 @@ def test_without_a_checkpoint_there_is_no_way_back(tiny_tree: dict, monkeypatch:
         ({"kind": "deepspeed", "zero_stage": 2, "accumulate": 2}, "loss"),
         ({"kind": "deepspeed", "zero_stage": 0, "accumulate": 2}, "gradient"),
         ({"kind": "deepspeed", "zero_stage": 3}, "gradient"),
+        ({"kind": "deepspeed", "zero_stage": 1, "offload": "optimizer"}, "gradient"),
+        ({"kind": "deepspeed", "zero_stage": 3, "offload": "all"}, "loss"),
     ],
-    ids=["ddp", "ddp_parts", "fsdp", "zero1", "zero2_parts", "zero0_parts", "zero3"],
+    ids=["ddp", "ddp_parts", "fsdp", "zero1", "zero2_parts", "zero0_parts", "zero3", "zero1_host", "zero3_host"],
 )
 def test_planted_at_one_rank_all_skip_and_go_back(
     tree: dict, engine: dict, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,33 @@ def test_copies_beside_what_a_gpu_computes() -> None:
     assert copied.device.type == "cpu" and copied.is_contiguous() and torch.equal(copied, x.cpu())
 
 
+def test_the_disk_has_all_before_the_name_says_so(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    to_disk, replace = saving._to_disk, saving.os.replace
+
+    def renamed(partial: Path, final: Path) -> None:
+        assert {path.name for path in Path(partial).iterdir()} < set(done)
+        done.append("renamed")
+        replace(partial, final)
+
+    monkeypatch.setattr(saving, "_to_disk", lambda path: (to_disk(path), done.append(path.name)))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            saving.os, "replace", lambda *paths: renamed(*paths) if "step_" in str(paths[1])[-14:] else replace(*paths)
+        )
+        train(config(tiny_tree, samples=32, save_every=0))
+    assert done[-3:] == [".step_00000002.partial", "renamed", "checkpoints"]
+
+
+def test_some_stay_for_good(tiny_tree: dict) -> None:
+    """The newest, and the first behind every third step: also in what is copied elsewhere."""
+    mirror = tiny_tree["out"].replace("runs", "mirror")
+    run = config(tiny_tree, samples=16 * 9, save_every=32, keep=1, keep_every=48, mirror=mirror)
+    train(run)
+    for folder in (run.run_folder / "checkpoints", Path(mirror.format(name="tiny"))):
+        assert sorted(path.name[-1] for path in folder.iterdir()) == ["4", "6", "9"], folder
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[MemoryFileSystem]]:
     """`flaky://`: files in memory, behind a store that refuses the next `refused` uploads."""

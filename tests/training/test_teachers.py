@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from clipkit.config import Config
+from clipkit.errors import UserError
 from clipkit.model.dual_encoder import build
-from clipkit.model.load import save
+from clipkit.model.load import load, load_teacher, save
 from clipkit.model.store import embed_shards
 from clipkit.model.teacher import Teacher
 from clipkit.settings import ModelConfig
@@ -54,6 +55,23 @@ def test_leaving_out_what_no_term_looks_at_changes_no_loss(tiny_tree: dict, monk
     whole = run(tree, "whole")
     assert losses(lean) == losses(whole)
     assert all(torch.equal(value, tensors(whole, "teacher")[name]) for name, value in tensors(lean, "teacher").items())
+
+
+def test_a_runs_average_is_a_model_of_its_own(tiny_tree: dict):
+    folder = run(tiny_tree, "average", teacher={"kind": "ema"})
+    kept, teacher = tensors(folder, "teacher"), load_teacher(folder)
+    assert not teacher.training
+    assert all(torch.equal(x, kept[name]) for name, x in teacher.state_dict().items())
+    assert not torch.equal(teacher.embed_texts(["a cube"]), load(folder, "cpu").embed_texts(["a cube"]))
+
+
+def test_an_average_that_is_not_whole_is_no_model(tiny_tree: dict):
+    half = run(tiny_tree | {"objective": {"infonce": {}, "tgc": {}}}, "half", teacher={"kind": "ema"})
+    with pytest.raises(UserError, match="has no image_(tower|head), which no term of its run asked a teacher for"):
+        load_teacher(half)
+    none = run(tiny_tree | {"objective": {"infonce": {}}}, "none", teacher={"kind": "none"})
+    with pytest.raises(UserError, match="holds no teacher with weights of its own"):
+        load_teacher(none)
 
 
 def guide_of(tree: dict, folder: Path, **settings: object) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clipkit.evaluation.report import lines, page, tables
 from clipkit.evaluation.report.runs import Run, compare, read_runs
@@ -14,22 +16,42 @@ from clipkit.evaluation.result import Metric
 
 
 def write_report(runs: list[tuple[str, Path]], path: Path) -> Path:
-    """Write the report of named run folders to `path`, and every number of it beside as .csv.
+    """Write the report of named run folders to `path`; beside it every number as .csv, every row as .jsonl, and .md.
+
+    A line of .jsonl is a row of a benchmark with what each run made of it. The Markdown is the first table.
 
     A run folder holds results/*.json, and (if it was trained) metrics.jsonl and config.yaml. All runs are compared
     with the first. Raises UserError for a folder with nothing to report.
     """
     found = read_runs(runs)
+    text = page.page(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path.with_suffix(".csv"), _csv(found))
-    _replace(path, page.page(found))
+    if any(run.results for run in found):
+        _replace(path.with_suffix(".jsonl"), "".join(f"{json.dumps(row)}\n" for row in _rows(found)))
+        _replace(path.with_suffix(".md"), _markdown(found))
+    _replace(path, text)
     return path
 
 
 def markdown_table(runs: list[tuple[str, Path]]) -> str:
     """The report's first table in Markdown."""
-    found = read_runs(runs)
-    return tables.markdown(lines.headlines(compare(found)), [run.name for run in found])
+    return _markdown(read_runs(runs))
+
+
+def _markdown(runs: list[Run]) -> str:
+    return tables.markdown(lines.headlines(compare(runs)), [run.name for run in runs])
+
+
+def _rows(runs: list[Run]) -> Iterator[dict[str, Any]]:
+    """Every row of every benchmark: {"benchmark", "id", "category", "correct": {run: credit}}."""
+    for name in dict.fromkeys(name for run in runs for name in run.results):
+        found: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            for item in run.results[name].items if name in run.results else []:
+                start = {"benchmark": name, "id": item["id"], "category": item["category"], "correct": {}}
+                found.setdefault(item["id"], start)["correct"][run.name] = item["correct"]
+        yield from found.values()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from clipkit.evaluation.report.lines import Line
 from clipkit.evaluation.report.tables import MARKS, mark
@@ -159,9 +159,116 @@ def scatter(title: str, axes: tuple[str, str], points: Sequence[tuple[Metric, Me
     return el("figure", el("figcaption", title), picture, class_="scatter")
 
 
+SPOKES = (3, 16)
+"""Lines that a radar can show: fewest, most."""
+
+
+def radar(title: str, lines: Sequence[Line], names: Sequence[str]) -> Html | None:
+    """A spoke from 0 to 100 % for every line, a closed outline for every run that has all; None for too few or many."""
+    if not SPOKES[0] <= len(lines) <= SPOKES[1]:
+        return None
+    width, height, radius = 460, 310, 122
+    middle = (width / 2, height / 2)
+    ways = [2 * math.pi * n / len(lines) - math.pi / 2 for n in range(len(lines))]
+
+    def at(way: float, share: float) -> tuple[float, float]:
+        return tuple(round(m + radius * share * turn(way), 1) for m, turn in zip(middle, (math.cos, math.sin)))  # type: ignore[return-value]
+
+    def outline(shares: Sequence[float], kind: str) -> Html:
+        corners = [at(way, min(1.0, max(0.0, share))) for way, share in zip(ways, shares)]
+        return el("polygon", points=" ".join(f"{x},{y}" for x, y in corners), class_=kind)
+
+    shapes = [outline([ring] * len(ways), "grid ring") for ring in (0.25, 0.5, 0.75, 1.0)]
+    shapes += [el("line", x1=middle[0], y1=middle[1], x2=at(w, 1)[0], y2=at(w, 1)[1], class_="grid") for w in ways]
+    shapes += [
+        el("text", f"{100 * ring:.0f}", x=middle[0] + 3, y=at(-math.pi / 2, ring)[1] + 13, class_="tick")
+        for ring in (0.5, 1.0)
+    ]
+    same = _shared_start([line.labels[0] for line in lines])
+    for way, line in zip(ways, lines):
+        x, y = at(way, 1.09)
+        side = "middle" if abs(math.cos(way)) < 0.2 else "start" if math.cos(way) > 0 else "end"
+        shown = _shortened(line.labels[0].removeprefix(same), 19)
+        shapes.append(
+            el("text", el("title", ", ".join(line.labels)), shown, x=x, y=y + 4, class_="tick", text_anchor=side)
+        )
+    said = []
+    for run, name in enumerate(names):
+        found = [line.metrics[run] for line in lines]
+        if all(found):
+            shares = [metric.value for metric in found if metric]
+            shapes.append(outline(shares, f"curve {_run(run)}"))
+            said.append(f"{name}: {', '.join(f'{n.labels[0]} {100 * v:.0f}' for n, v in zip(lines, shares))}")
+    if not said:
+        return None
+    label = f"{title} {'; '.join(said)}"
+    picture = el("svg", shapes, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+    return el("figure", el("figcaption", title), picture, _legend(names), class_="scatter radar")
+
+
+def reliability(found: Sequence[tuple[int, Sequence[dict[str, float]]]], names: Sequence[str]) -> Html:
+    """How often answers are right against how sure the model is: a curve for every run (number, bins of `calibration`).
+
+    A mark's area is its bin's share of the answers; on the dashed line probabilities are true.
+    """
+    width, height = 440, 340
+    frame = Frame((0, 0), (100, 100), width, height)
+    ends = {"x1": frame.x(0), "y1": frame.y(0), "x2": frame.x(100), "y2": frame.y(100)}
+    shapes, said = [*frame.grid(), el("line", class_="front", **ends)], []
+    for run, bins in found:
+        points = [(frame.x(100 * one["sure"]), frame.y(100 * one["right"])) for one in bins]
+        path = " ".join(f"{x},{y}" for x, y in points)
+        total = sum(one["n"] for one in bins)
+        shapes.append(el("polyline", points=path, class_=f"curve {_run(run)}"))
+        for one, (x, y) in zip(bins, points):
+            about = f"{names[run]}: {100 * one['sure']:.0f} % sure, {100 * one['right']:.0f} % right, n {one['n']:g}"
+            size = round(3 + 9 * math.sqrt(one["n"] / total), 1)
+            shapes.append(el("circle", el("title", about), cx=x, cy=y, r=size, class_=f"fill bubble {_run(run)}"))
+        said.append("; ".join(f"{100 * one['sure']:.0f} % sure, {100 * one['right']:.0f} % right" for one in bins))
+    shapes.append(
+        el("text", "how sure, % →", x=width - RIGHT, y=height - BOTTOM - 6, class_="axis-name", text_anchor="end")
+    )
+    shapes.append(el("text", "how often right, % ↑", x=LEFT + 6, y=TOP + 12, class_="axis-name"))
+    label = ". ".join(f"{names[run]}: {text}" for (run, _), text in zip(found, said))
+    picture = el("svg", shapes, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"Reliability. {label}")
+    return el("figure", el("figcaption", "Reliability of probabilities"), picture, _legend(names), class_="scatter")
+
+
+def _legend(names: Sequence[str]) -> Html | None:
+    """Which line is whose."""
+    if len(names) == 1:
+        return None
+    items = [
+        el(
+            "span",
+            el(
+                "svg",
+                el("line", x1=0, x2=26, y1=5, y2=5, class_=f"curve {_run(run)}"),
+                viewBox="0 0 26 10",
+                class_="dash",
+                role="img",
+                aria_label=f"the line of {name}",
+            ),
+            f" {name}",
+        )
+        for run, name in enumerate(names)
+    ]
+    return el("p", items, class_="legend")
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """What all names begin with, up to a comma or colon: it says nothing beside the others."""
+    start = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names)))
+    return start[: max(start.rfind(", "), start.rfind(": ")) + 2] if ", " in start or ": " in start else ""
+
+
+def _shortened(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def _name(name: str, x: float, y: float, width: int) -> Html:
     """A point's name, on the side where there is room."""
-    shown = name if len(name) <= 24 else f"{name[:23]}…"
+    shown = _shortened(name, 24)
     at, anchor = (x - 10, "end") if x > width / 2 else (x + 10, "start")
     return el("text", shown, x=at, y=y - 8, class_="tick", text_anchor=anchor)
 

@@ -41,6 +41,8 @@ class Example:
     category: str
     form: str
     judged: list[Judged]
+    worst: bool = False
+    """Whether it is among those that some run has furthest wrong."""
 
     @property
     def right(self) -> tuple[int, ...]:
@@ -56,27 +58,35 @@ def collect(benchmark: Compared) -> list[Example]:
     out = []
     for name, base in bases.items():
         views = [_judged(run, base, own[run].get(name), items[run].get(name)) for run in range(len(own))]
-        out.append(Example(name, base["category"], base["form"], [view for view in views if view]))
+        worst = any(e[name].get("worst") for e in own if name in e)
+        out.append(Example(name, base["category"], base["form"], [view for view in views if view], worst))
     return out
 
 
 def section(benchmark: Compared, names: Sequence[str]) -> Html | None:
     """The examples, those that the runs judge differently first."""
     groups: dict[tuple[int, ...], list[Example]] = defaultdict(list)
-    for example in collect(benchmark):
-        groups[example.right].append(example)
+    everything = collect(benchmark)
+    for example in everything:
+        if not example.worst:
+            groups[example.right].append(example)
     everyone = [run for run, result in enumerate(benchmark.results) if result]
     order = sorted(groups, key=lambda right: (right == tuple(everyone), not right, [-run for run in right]))
-    parts = []
-    for right in order:
-        shared_first = sorted(groups[right], key=lambda example: sum(j.scores is None for j in example.judged))
-        cards = [_card(example, names) for example in shared_first]
-        parts.append(el("h4", f"{_outcome(right, everyone, names)} ({len(cards)})"))
-        parts.append(el("div", cards[:OPEN], class_="cards"))
-        if cards[OPEN:]:
-            more = el("summary", f"{len(cards) - OPEN} more")
-            parts.append(el("details", more, el("div", cards[OPEN:], class_="cards")))
+    worst = [example for example in everything if example.worst]
+    parts = [_group("Furthest wrong", worst, names)] if worst else []
+    parts += [_group(_outcome(right, everyone, names), groups[right], names) for right in order]
     return join(el("h3", "Examples"), _legend(), parts) if parts else None
+
+
+def _group(title: str, examples: Sequence[Example], names: Sequence[str]) -> Html:
+    shared_first = sorted(examples, key=lambda example: sum(j.scores is None for j in example.judged))
+    cards = [_card(example, names) for example in shared_first]
+    rest = el("summary", f"{len(cards) - OPEN} more"), el("div", cards[OPEN:], class_="cards")
+    return join(
+        el("h4", f"{title} ({len(cards)})"),
+        el("div", cards[:OPEN], class_="cards"),
+        el("details", rest) if cards[OPEN:] else None,
+    )
 
 
 def _outcome(right: tuple[int, ...], everyone: Sequence[int], names: Sequence[str]) -> str:
@@ -100,7 +110,8 @@ def _legend() -> Html:
         " a tie of right and wrong; ",
         el("b", "○"),
         " the right answer, not chosen; underlined: a right pair. "
-        "A seeded selection, wrong answers preferred: not the rates of the tables.",
+        "Furthest wrong: a wrong answer lies highest above the right one. All others are a seeded selection, wrong "
+        "answers preferred: not the rates of the tables.",
         class_="quiet",
     )
 

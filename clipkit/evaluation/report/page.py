@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 
+from clipkit.evaluation import pareto
 from clipkit.evaluation.report import charts, examples, lines, protocol, training
 from clipkit.evaluation.report.lines import Line
 from clipkit.evaluation.report.runs import Compared, Run, compare
 from clipkit.evaluation.report.tables import chip, metric_table, table
-from clipkit.evaluation.report.words import KINDS, is_rank, label, listed, number, plain, verdict
+from clipkit.evaluation.report.words import KINDS, NONE, is_rank, label, listed, number, plain, verdict
 from clipkit.evaluation.result import Metric
 from clipkit.html import Html, document, el, join
 
@@ -63,11 +63,17 @@ def _results(benchmarks: Sequence[Compared], names: Sequence[str]) -> Html:
     drawn = [line for line in shown if not is_rank(line.key)]
     return join(
         _summary(shown, names),
+        charts.radar("Headlines, in percent", _named_by_benchmark(drawn), names),
         charts.bars("Headlines.", drawn, names),
         metric_table(caption, ["benchmark", "metric"], shown, names),
         protocol.warnings(benchmarks),
         _how_to_read(names),
     )
+
+
+def _named_by_benchmark(shown: Sequence[Line]) -> list[Line]:
+    """The first line of every benchmark."""
+    return list({line.labels[0]: line for line in reversed(shown)}.values())[::-1]
 
 
 def _summary(shown: Sequence[Line], names: Sequence[str]) -> Html | None:
@@ -106,24 +112,59 @@ def _tradeoff(benchmarks: Sequence[Compared], names: Sequence[str]) -> Html | No
     axes = [[b for b in full if b.any.kind == kind] for kind in ("zeroshot", "compositional")]
     if not all(axes) or len(names) == 1:
         return None
-    points = [(_mean(axes[0], run), _mean(axes[1], run)) for run in range(len(names))]
+    points = [_means_of(axes, run) for run in range(len(names))]
     said = [f"{listed([b.any.title for b in axis])}" for axis in axes]
     text = (
         f"To the right: zero-shot accuracy, the mean of {said[0]}. "
         f"Upwards: compositional accuracy, the mean of {said[1]}. Upper right is better; whiskers are 95 % intervals. "
-        "What hard negatives add in height should not cost width."
+        "A step up is compositional gain, a step to the left zero-shot loss: what hard negatives add in height should "
+        "not cost width. The dashed line joins the runs that no other beats in both."
     )
     picture = charts.scatter(
         "Zero-shot against compositional accuracy", ("zero-shot →", "compositional ↑"), points, names
     )
-    return el("div", picture, el("p", text, class_="quiet"), class_="beside")
+    places = [pareto.Point(x.value, y.value) for x, y in points]
+    heads = ["run", "zero-shot", "compositional", "zero-shot changes", "compositional changes", "beaten by"]
+    rows = [
+        [names[run], *_means(points, run), _said([n for n, p in zip(names, places) if p.beats(places[run])])]
+        for run in range(len(names))
+    ]
+    figures = table(f"Means in percent; changes against {names[0]} in points", heads, rows)
+    return join(el("div", picture, el("p", text, class_="quiet"), class_="beside"), figures)
 
 
-def _mean(benchmarks: Sequence[Compared], run: int) -> Metric:
-    scores = [result.score for b in benchmarks if (result := b.results[run])]
-    value = sum(score.value for score in scores) / len(scores)
-    half = math.sqrt(sum(((score.high - score.low) / 2) ** 2 for score in scores)) / len(scores)
-    return Metric(value, max(0.0, value - half), min(1.0, value + half), sum(score.n for score in scores))
+def _means(points: Sequence[tuple[Metric, Metric]], run: int) -> list[str]:
+    """Both means, and how far they are from the first run's."""
+    pairs = [(value.value, start.value) for value, start in zip(points[run], points[0])]
+    changes = [f"{100 * (value - start):+.1f}" if run else NONE for value, start in pairs]
+    return [*(f"{100 * value:.1f}" for value, _ in pairs), *changes]
+
+
+def _said(names: Sequence[str]) -> str:
+    return listed(names) if names else "none"
+
+
+def _means_of(axes: Sequence[Sequence[Compared]], run: int) -> tuple[Metric, Metric]:
+    recognition, composition = ([result for b in axis if (result := b.results[run])] for axis in axes)
+    return pareto.mean(recognition), pareto.mean(composition)
+
+
+def _reliability(benchmark: Compared, names: Sequence[str]) -> Html | None:
+    found = [
+        (run, result.details["calibration"])
+        for run, result in enumerate(benchmark.results)
+        if result and result.details.get("calibration", {}).get("bins")
+    ]
+    if not found:
+        return None
+    errors = listed([f"{100 * one['ece']:.1f} % in {names[run]}" for run, one in found])
+    text = (
+        "To the right: the probability of the class chosen, at the model's own scale. Upwards: how often that class is "
+        "right. On the dashed line probabilities are true; below it the model is surer than it should be. The larger a "
+        f"mark, the more pictures. Mean distance from the line (expected calibration error): {errors}."
+    )
+    picture = charts.reliability([(run, one["bins"]) for run, one in found], names)
+    return join(el("h3", "Calibration"), el("div", picture, el("p", text, class_="quiet"), class_="beside"))
 
 
 def _benchmark(benchmark: Compared, names: Sequence[str]) -> Html:
@@ -134,11 +175,13 @@ def _benchmark(benchmark: Compared, names: Sequence[str]) -> Html:
     return join(
         _about(benchmark, names),
         metric_table("All metrics, in percent where they are shares", ["metric"], lines.metrics(benchmark), names),
+        charts.radar("By category, in percent", categories, names),
         charts.bars("By category.", _telling(categories), names) if len(categories) > 1 else None,
         by_category,
         _fold("Other scores by category", _by("category", other, names)) if other else None,
         (_by(plain(name), lines.breakdown(benchmark, name), names) for name in benchmark.any.breakdowns),
         _baselines(benchmark, names),
+        _reliability(benchmark, names),
         _confusions(benchmark, names),
         examples.section(benchmark, names),
     )

@@ -119,16 +119,25 @@ class Reading:
     lead: np.ndarray
 
 
-def read_blindly(stored: Stored, cues: blind.Cues, chosen: np.ndarray, seed: int, measured: bool = True) -> Reading:
+def read_blindly(
+    stored: Stored,
+    cues: blind.Cues,
+    chosen: np.ndarray,
+    seed: int,
+    measured: bool = True,
+    weight: np.ndarray | None = None,
+) -> Reading:
     """Tell the chosen negatives (numbers) from their captions, those weighed by their negatives; folds by picture.
 
-    Without `measured` the interval, which takes its time, is left out (equal to the AUC).
+    `weight`: what each of the chosen counts; above 0, default 1. Without `measured` the interval, which takes its time,
+    is left out (equal to the AUC).
     """
-    times = np.bincount(stored.owner[chosen], minlength=len(stored.captions))
+    weight = np.ones(len(chosen)) if weight is None else weight
+    times = np.bincount(stored.owner[chosen], weight, minlength=len(stored.captions))
     captions = np.flatnonzero(times)
     rows = np.concatenate([captions, len(stored.captions) + chosen])
     labels = np.arange(len(rows)) >= len(captions)
-    weights = np.concatenate([times[captions], np.ones(len(chosen))]).astype(float)
+    weights = np.concatenate([times[captions], weight])
     owners = np.concatenate([captions, stored.owner[chosen]])
     folds = blind.folds_of([stored.pictures[c] for c in owners], seed)
     logits = blind.held_out(cues, rows, labels, weights, folds)
@@ -140,7 +149,8 @@ def read_blindly(stored: Stored, cues: blind.Cues, chosen: np.ndarray, seed: int
     of_caption = np.zeros(len(stored.captions))
     of_caption[captions] = logits[: len(captions)]
     lead = logits[len(captions) :] - of_caption[stored.owner[chosen]]
-    return Reading(Told(value, low, high, float(((lead > 0) + (lead == 0) / 2).mean())), lead)
+    told = np.average((lead > 0) + (lead == 0) / 2, weights=weight)
+    return Reading(Told(value, low, high, float(told)), lead)
 
 
 def _kind(stored: Stored, cues: blind.Cues, name: str, chosen: np.ndarray, seed: int) -> Kind:

@@ -1,4 +1,4 @@
-"""Leave out the negatives that the text tells best, round by round, until held-out AUC is at the target.
+"""Leave out, or weigh less, the negatives that the text tells best, round by round, until held-out AUC is low.
 
 A round scores every negative with classifiers that saw none of its picture, drops those that stand furthest above their
 own captions, and begins again with other folds: what is left is told by other cues. Adversarial filtering, as in AFLite
@@ -29,6 +29,12 @@ AIM = 0.005
 """Rounds go so far below the target: measured anew, with other folds, AUC moves by as much."""
 LEAST_SHARE, MOST_SHARE = 0.04, 0.4
 """Of a kind's negatives, what one round drops: as far as AUC is above the target, within these."""
+HEAVIEST = 20.0
+"""Most that a weight is above or below the mean of its group, in one step of weighing."""
+_STRIDE, _LEAD = 0.5, 2.0
+"""Of a negative's logit above its caption's, what its log-weight loses in a round; leads count up to the second."""
+_STILL, _WAIT = 0.002, 8
+"""A round that lowers AUC by less has not helped; so many of them in a row, and a kind is given up."""
 _FRESH = 1000
 """Seeds of the last measurement begin here; rounds use those below."""
 
@@ -58,6 +64,8 @@ class Balance:
 
     stays: np.ndarray
     kinds: dict[str, Balanced]
+    weights: np.ndarray | None = None
+    """What each negative counts, where they were weighed."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain names and numbers."""
@@ -90,6 +98,55 @@ def balance(stored: Stored, target: float, *, seed: int = 0) -> Balance:
     return Balance(stays, kinds)
 
 
+def reweigh(stored: Stored, target: float, *, seed: int = 0) -> Balance:
+    """Weigh negatives of each kind, and then of all, until held-out AUC of what they weigh is at most `target`.
+
+    Round by round a negative that stands above its own caption loses weight, by its logit's lead, and one below gains.
+    Weights are 1 on average over each kind's negatives; 0, left out, are those of a kind that no weights balance:
+    where AUC ceases to fall, or fewer than FEWEST negatives would carry it (the effective number, (Σw)² / Σw²). Kinds
+    of fewer than FEWEST negatives are weighed with the others only. Raises UserError as `balance`.
+    """
+    if not 0.5 < target <= 1.0:
+        raise UserError(f"--balance {target}: between 0.5 (nothing can be told) and 1")
+    cues = blind.cues_of([*stored.captions, *stored.texts])
+    groups = {name: stored.of_kind(name) for name in stored.kinds_by_count()}
+    before = {name: read_blindly(stored, cues, group, seed).told for name, group in groups.items()}
+    everything = np.sort(np.concatenate([*groups.values()]))
+    before = {ALL: read_blindly(stored, cues, everything, seed).told, **before}
+    weights = np.ones(len(stored.texts))
+    for group in groups.values():
+        if len(group) >= FEWEST:
+            weights[group] = _weigh(stored, cues, group, weights[group], target, seed)
+    both = everything[weights[everything] > 0]
+    weights[both] = _weigh(stored, cues, both, weights[both], target, seed)
+    for group in groups.values():
+        if weights[group].sum() > 0:
+            weights[group] /= weights[group].mean()
+    kinds = {}
+    for name, group in {ALL: everything, **groups}.items():
+        kept = group[weights[group] > 0]
+        after = read_blindly(stored, cues, kept, seed + _FRESH, weight=weights[kept]).told if len(kept) else None
+        kinds[name] = Balanced(before[name], after, len(group), len(kept))
+    return Balance(weights > 0, kinds, weights)
+
+
+def _weigh(
+    stored: Stored, cues: blind.Cues, group: np.ndarray, weight: np.ndarray, target: float, seed: int
+) -> np.ndarray:
+    """The weights of a group at which its AUC is at the target; zeros where none are."""
+    best, since = np.inf, 0
+    for number in range(1, _FRESH):
+        reading = read_blindly(stored, cues, group, seed + number, measured=False, weight=weight)
+        if reading.told.auc <= target - AIM:
+            return weight
+        best, since = (reading.told.auc, 0) if reading.told.auc < best - _STILL else (best, since + 1)
+        weight = weight * np.exp(-_STRIDE * np.clip(reading.lead, -_LEAD, _LEAD))
+        weight = np.clip(weight / weight.mean(), 1 / HEAVIEST, HEAVIEST)
+        if since == _WAIT or weight.sum() ** 2 / (weight**2).sum() < FEWEST:
+            break
+    return np.zeros(len(group))
+
+
 def _thin(stored: Stored, cues: blind.Cues, group: np.ndarray, target: float, seed: int) -> np.ndarray:
     """The negatives of a group that are left when its AUC is at the target."""
     if len(group) < FEWEST:
@@ -107,27 +164,39 @@ def _thin(stored: Stored, cues: blind.Cues, group: np.ndarray, target: float, se
 
 
 def write_balanced(
-    shards: str | Path | Sequence[str | Path], out: Path, stays: np.ndarray, *, overwrite: bool = False
+    shards: str | Path | Sequence[str | Path],
+    out: Path,
+    stays: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Write every shard again, to `out`, with the negatives that stay; all else is copied byte for byte. → shards.
 
-    `stays` has an entry for each negative in the order of the shards. Raises UserError for shards that are there.
+    `stays` has an entry for each negative in the order of the shards, and so have `weights`, which become the `weight`
+    of those that stay. Raises UserError for shards that are there.
     """
     jobs = [(path, out / path.name) for path in expand(shards)]
     check_places([source for source, _ in jobs], out)
     there = [target for _, target in jobs if target.exists()]
     if there and not overwrite:
         raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
-    marks = iter(stays.tolist())
+    marks = iter(zip(stays.tolist(), [None] * len(stays) if weights is None else weights.tolist()))
     for source, target in jobs:
         rewrite(source, target, lambda members: _sheet(members, marks))
     return len(jobs)
 
 
-def _sheet(members: dict[str, bytes], marks: Iterator[bool]) -> bytes:
+def _sheet(members: dict[str, bytes], marks: Iterator[tuple[bool, float | None]]) -> bytes:
     """KEY.json with the negatives that stay. Raises Unreadable."""
     sheet = read_sheet(members)
-    gone = {place for place in each_negative(sheet) if not next(marks)}
+    gone = set()
+    for c, i in each_negative(sheet):
+        stays, weight = next(marks)
+        if not stays:
+            gone.add((c, i))
+        elif weight is not None:
+            sheet.negatives[c][i]["weight"] = round(weight, 4)
     record = json.loads(members["json"]) if "json" in members else {}
     kept = [[n for i, n in enumerate(group) if (c, i) not in gone] for c, group in enumerate(sheet.negatives)]
     return json.dumps(record | {"negatives": kept}, ensure_ascii=False).encode()

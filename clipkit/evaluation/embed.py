@@ -147,7 +147,10 @@ class Embedder:
 
     def _picture_keys(self, pictures: list[Picture]) -> list[bytes]:
         def key(picture: Picture) -> bytes:
-            return key_of(b"picture", self.roots.read(picture.src, picture.path), repr(picture.bbox).encode())
+            about = [repr(picture.bbox).encode()]
+            if picture.change:  # drawn from the picture's name as well
+                about += [picture.change.encode(), picture.path.encode(errors="surrogatepass")]
+            return key_of(b"picture", self.roots.read(picture.src, picture.path), *about)
 
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(key, pictures))

@@ -98,6 +98,20 @@ def test_crops_and_texts_have_keys_of_their_own(tmp_path: Path):
     assert key_of(b"a", b"bc") != key_of(b"ab", b"c")
 
 
+def test_a_change_has_a_key_of_its_own(tmp_path: Path):
+    """Corruptions are drawn from the picture's name: the same bytes under another name are another picture."""
+    for name in ("0.png", "1.png"):
+        picture(0).save(tmp_path / name)
+    changes = ("", "framed", "fog:1", "fog:2")
+    wanted = [Picture("p", name, None, change) for change in changes for name in ("0.png", "1.png")]
+    for again in (False, True):
+        model = Named()
+        embedder = Embedder(model, Roots({"p": tmp_path}), store=Store(model, tmp_path / "c"))
+        rows = embedder.pictures(wanted)
+        assert len(model.seen) == (0 if again else 7)  # without a change the bytes are what counts
+        assert len(np.unique(rows, axis=0)) == 6  # framing draws nothing
+
+
 def test_a_model_is_its_weights_and_description():
     torch.manual_seed(0)
     model = build(tiny())

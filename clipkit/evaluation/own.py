@@ -104,7 +104,10 @@ def open_model(reference: str) -> Model:
         return _from_python(Path(file), name)
     config = Path(reference) / "config.json"
     if config.is_file() and not (Path(reference) / "open_clip_config.json").is_file():
-        kind = json.loads(config.read_text()).get("model_type", "")
+        try:
+            kind = json.loads(config.read_text()).get("model_type", "")
+        except ValueError as error:
+            raise UserError(f"{config}: not a readable JSON file: {error}") from None
         if kind != CONVERTED:
             return Transformers(Path(reference))
     from clipkit.model.load import load

@@ -27,7 +27,7 @@ from clipkit.training.loop import train
 CONDITIONS: dict[str, set[str]] = {
     "": {
         *("name", "out", "seed", "batch_size", "samples", "optim", "engine", "guard", "log_every", "log_samples"),
-        *("save_every", "keep", "evaluate_every", "suite", "roots"),
+        *("save_every", "keep", "evaluate_every", "suite", "stop", "roots"),
     },
     "data": {
         *("train", "sources", "augment", "crop_scale", "decode", "workers", "lanes", "on_error"),

@@ -20,6 +20,7 @@ from clipkit.model.load import save
 from clipkit.model.weights import mean_of_weights
 from clipkit.settings import TextTower
 from tests.evaluation.fakes import write_benchmark
+from tests.evaluation.report_runs import compositional, zeroshot
 from tests.model.tiny import TEXT, tiny, tiny_resnet
 from tests.typed import run as typed
 from tests.typed import well, wrong
@@ -142,6 +143,29 @@ def test_the_sweep_in_one_command(models: list[str], benchmark: Path, tmp_path: 
     assert found[2]["scores"]["own"]["value"] == pytest.approx(alone[0]["metrics"]["accuracy/micro"]["value"], abs=1e-6)
     page = (out / "report.html").read_text()
     assert all(name in page for name in ("alpha 0", "alpha 0.5", "alpha 1"))
+
+
+def test_the_sweep_trades_recognition_for_composition(tmp_path: Path):
+    """Against the first: loss of zero-shot, gain of compositional accuracy; who is beaten; what is chosen."""
+    made = []
+    for alpha, skills in ((0, (5, 9)), (0.5, (7, 8)), (0.75, (6, 7)), (1, (8, 5))):
+        one = merge.Merged(f"alpha {alpha:g}", tmp_path / f"{alpha}", {})
+        one.results = [compositional(skills[0]), zeroshot(skills[1])]
+        made.append(one)
+    columns, lines = merge.rows(made)
+    assert columns[-4:] == ["zero-shot loss", "compositional gain", "front", "folder"]
+    found = [one.point for one in made]
+    for line, point in zip(lines, found):
+        assert point and found[0]
+        assert line[-4] == f"{100 * (found[0].recognition - point.recognition) + 0.0:+.1f}"
+        assert line[-3] == f"{100 * (point.composition - found[0].composition) + 0.0:+.1f}"
+    assert [line[-2] for line in lines] == ["yes", "yes", "", "yes"]
+    assert [merge.choice(made, loss).name for loss in (0.0, 0.15, 0.5)] == ["alpha 0", "alpha 0.5", "alpha 1"]
+    for one in made:
+        one.results = one.results[:1]
+    assert merge.rows(made)[0] == ["model", "pairs accuracy/macro", "folder"]
+    with pytest.raises(UserError, match="evaluate zero-shot and compositional benchmarks"):
+        merge.choice(made, 0.1)
 
 
 def test_a_fine_tune_is_set_beside_its_start(models: list[str], benchmark: Path, tmp_path: Path):

@@ -63,7 +63,7 @@ def write_gallery(rows: Iterable[dict[str, Any]], file: Path, about: str) -> dic
         groups.setdefault(best["class"], Group()).add(best["probability"], next(places), row)
     ordered = sorted(groups.items(), key=lambda item: (-item[1].count, item[0]))
     total = sum(group.count for group in groups.values())
-    said = f"{total:,} pictures, {len(groups)} of the classes found. {about}"
+    said = f"{total:,} pictures, taken for {len(groups)} {'class' if len(groups) == 1 else 'classes'}. {about}"
     header = el(
         "header",
         el("h1", "What the pictures show"),
@@ -83,6 +83,7 @@ def _section(number: int, name: str, group: Group) -> Html:
     return el(
         "section",
         el("h2", f"{name} ", el("small", f"{group.count:,}")),
+        el("h3", "surest") if doubtful else None,
         el("div", map(_card, surest), class_="pictures"),
         el("h3", "least sure") if doubtful else None,
         el("div", map(_card, doubtful), class_="pictures") if doubtful else None,
@@ -98,12 +99,17 @@ def _card(row: dict[str, Any]) -> Html:
     return el(
         "figure",
         el("img", src=source, alt=f"{name}: {best['class']}", loading="lazy") if source else el("p", "gone"),
-        el("figcaption", el("b", _share(best)), f" {second}", el("span", name, class_="name")),
+        el(
+            "figcaption",
+            el("b", _share(best)),
+            f" {second}",
+            el("span", "/".join(Path(name).parts[-2:]), class_="name", title=name),
+        ),
     )
 
 
 def _share(one: dict[str, Any]) -> str:
-    return f"{100 * one['probability']:.0f} %"
+    return f"{100 * one['probability']:.0f}\u00a0%"
 
 
 def _thumbnail(name: str) -> str:

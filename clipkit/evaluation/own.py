@@ -68,8 +68,8 @@ class Transformers:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         scale = getattr(self.model, "logit_scale", None)
         self.scale = None if scale is None else scale.detach().float().exp().reshape(())
-        # SigLIP was trained on texts padded to their full length, which changes what its text tower gives.
-        self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
+        # SigLIP was trained on texts padded to their full length, and attends to the padding.
+        self.padded = self.model.config.model_type.startswith("siglip")
 
     @property
     def fingerprint(self) -> str:
@@ -84,13 +84,17 @@ class Transformers:
 
     def embed_texts(self, texts: list[str]) -> Any:
         """Strings -> n d."""
-        return self._features(self.model.get_text_features, text=texts, padding=self.padding, truncation=True)
+        padding = "max_length" if self.padded else True
+        return self._features(self.model.get_text_features, text=texts, padding=padding, truncation=True)
 
     def _features(self, get: Callable[..., Any], **inputs: Any) -> Any:
         import torch
 
         with torch.inference_mode():
-            found = get(**self.processor(**inputs, return_tensors="pt").to(self.model.device))
+            given = self.processor(**inputs, return_tensors="pt").to(self.model.device)
+            if self.padded:
+                given.pop("attention_mask", None)
+            found = get(**given)
         return getattr(found, "pooler_output", found)
 
 
@@ -104,7 +108,10 @@ def open_model(reference: str) -> Model:
         return _from_python(Path(file), name)
     config = Path(reference) / "config.json"
     if config.is_file() and not (Path(reference) / "open_clip_config.json").is_file():
-        kind = json.loads(config.read_text()).get("model_type", "")
+        try:
+            kind = json.loads(config.read_text()).get("model_type", "")
+        except ValueError as error:
+            raise UserError(f"{config}: not a readable JSON file: {error}") from None
         if kind != CONVERTED:
             return Transformers(Path(reference))
     from clipkit.model.load import load

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +46,43 @@ def write_answers(
     rows = Rows(file, form, answers, about)
     found = {"pictures": 0, "there already": 0, "unreadable": 0}
     known = _known(form.names(rows.file))
-    problems: dict[Path, str] = {}
+    asked: list[Asked] = []
 
-    def waiting() -> Iterator[Path]:
+    def waiting() -> Iterator[Asked]:
         for picture in pictures:
             found["pictures"] += 1
             if _there(str(picture), known):
                 found["there already"] += 1
             else:
-                asked.append(picture)
-                yield picture
+                asked.append(Asked(picture))
+                yield asked[-1]
 
-    def load(picture: Path) -> Image.Image:
-        try:
-            return load_picture(picture)
-        except UserError as error:
-            problems[picture] = str(error)
-            return Image.new("RGB", (8, 8))
-
-    asked: list[Path] = []
     with rows:
-        for batch in watched(answers.embed(waiting(), load), None, "embedding pictures", progress):
+        for batch in watched(answers.embed(waiting(), Asked.load), None, "embedding pictures", progress):
             some, asked[:] = asked[: len(batch)], asked[len(batch) :]
-            said = [problems.pop(picture, "") for picture in some]
-            found["unreadable"] += sum(map(bool, said))
-            rows.add([(str(p), [] if bad else best, bad) for p, best, bad in zip(some, answers.of(batch), said)])
+            found["unreadable"] += sum(bool(one.problem) for one in some)
+            rows.add(
+                [(str(a.picture), [] if a.problem else best, a.problem) for a, best in zip(some, answers.of(batch))]
+            )
     if file.suffix == ".parquet":
         parquet.write(file, _fields(answers.top), map(_flat, read_answers(rows.file)))
     return found
+
+
+@dataclass(eq=False)
+class Asked:
+    """A picture under way, and why it cannot be read."""
+
+    picture: Path
+    problem: str = ""
+
+    def load(self) -> Image.Image:
+        """The picture, or anything in its place."""
+        try:
+            return load_picture(self.picture)
+        except UserError as error:
+            self.problem = str(error)
+            return Image.new("RGB", (8, 8))
 
 
 def read_answers(file: Path) -> Iterator[dict[str, Any]]:

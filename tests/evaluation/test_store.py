@@ -234,7 +234,7 @@ def test_transformers_folders_of_other_kinds(tmp_path: Path):
         seen = siglip.vision_model(pixel_values=pixels).pooler_output
     torch.testing.assert_close(torch.as_tensor(model.embed_texts(texts)).cpu(), pooled)
     torch.testing.assert_close(torch.as_tensor(model.embed_images(images)).cpu(), seen)
-    assert float(model.scale) == pytest.approx(float(siglip.logit_scale.exp()))  # type: ignore[attr-defined]
+    assert float(model.scale) == pytest.approx(siglip.logit_scale.exp().item())  # type: ignore[attr-defined]
     assert len(fingerprint(model)) == 32
     os.remove(tmp_path / "siglip" / "model.safetensors")
     with pytest.raises(UserError, match="transformers cannot read it"):

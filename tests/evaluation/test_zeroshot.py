@@ -370,7 +370,7 @@ def test_gallery_shows_both_ends_of_every_class(tmp_path):
     assert done == {"pictures": 60, "classes": 2, "unreadable": 1}
     page = Markup((tmp_path / "s" / "sheet.html").read_text())
     assert len(page.all("figure")) == 48 and len(page.all("img")) == 47  # one is no picture any more
-    shares = [int(text[:-2]) for text in page.text if text.endswith(" %")]
+    shares = [int(text[:-2]) for text in page.text if text.endswith("\u00a0%")]
     cats, dogs = shares[:24], shares[24:]
     assert max(cats) == cats[0] and cats[:12] == sorted(cats[:12], reverse=True)  # the surest first
     assert min(cats) == cats[12] and cats[12:] == sorted(cats[12:])  # then the least sure

@@ -101,17 +101,17 @@ def test_scale_and_bias_are_read_outside_of_what_is_gathered(tiny_tree: dict) ->
 
 
 def test_the_scale_stays_at_its_bound_in_masters_too(tiny_tree: dict) -> None:
-    """At 1, where InfoNCE wants more, it is 1 after four steps: in what each engine keeps, moments and checkpoint."""
-    tree = tiny_tree | {"samples": 64, "objective": {"infonce": {}}, "teacher": {}}
+    """At 1, where InfoNCE wants more, it is 1 after two steps: in what each engine keeps, moments and checkpoint."""
+    tree = tiny_tree | {"samples": 32, "objective": {"infonce": {}}, "teacher": {}}
     tree["model"] = tiny_tree["model"] | {"scale": 1.0, "scale_max": 1.0}
     engines = [*DIVIDED, *({"kind": "deepspeed", "zero_stage": stage} for stage in (1, 2))]
     engines.append({"kind": "deepspeed", "zero_stage": 2, "precision": "bf16"})
-    for folder in run_ranks(partial(_one_after_another, tree, engines), 2, timeout_s=120)[0]:
+    for folder in run_ranks(partial(_one_after_another, tree, engines), 2, timeout_s=300)[0]:
         assert weights(folder)["log_scale"].item() == 0.0, folder.name
         assert weights(folder, "optimizer")["exp_avg_sq.log_scale"].item() == 0.0, folder.name
     tree["model"]["scale_max"] = 2.0
     free = train(configuration.validate(tree | {"name": "free"}))
-    assert weights(free)["log_scale"].item() > 1e-4
+    assert weights(free)["log_scale"].item() > 1e-5
 
 
 def _one_after_another(tree: dict, engines: list[dict], _rank: int, _world: int) -> list[Path]:

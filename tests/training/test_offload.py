@@ -41,7 +41,7 @@ def test_losses_are_those_of_one_process(tiny_tree: dict) -> None:
     """And a run that is taken up again ends with the same bits."""
     tree = tiny_tree | {"samples": 64, "save_every": 32, "keep": 9, "optim": {"lr": 1e-3, "eps": 1e-3}}
     alone = train(configuration.validate(tree | {"name": "alone"}))
-    for kind, (peace, again) in zip(KINDS, run_ranks(partial(_runs, tree), 2, timeout_s=120)[0]):
+    for kind, (peace, again) in zip(KINDS, run_ranks(partial(_runs, tree), 2, timeout_s=300)[0]):
         assert losses(peace) == pytest.approx(losses(alone), abs=1e-5), kind
         assert losses(again) == losses(peace)
         for name in ("model", "optimizer", "teacher"):

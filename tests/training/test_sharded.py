@@ -75,7 +75,7 @@ def _both_forms(tree: dict, _rank: int, _world: int) -> None:
 
 def test_they_hold_what_the_full_form_holds(tiny_tree: dict, tmp_path: Path) -> None:
     """Under each engine on two ranks, to the bit; where ranks divide moments, each writes those it has."""
-    run_ranks(partial(_both_forms, tiny_tree | {"samples": 48}), 2, timeout_s=120)
+    run_ranks(partial(_both_forms, tiny_tree | {"samples": 48}), 2, timeout_s=300)
     for name in ENGINES:
         full, sharded = (tmp_path / "runs" / f"{name}_{form}" for form in ("full", "sharded"))
         assert losses(full) == losses(sharded)
@@ -100,7 +100,7 @@ def test_taken_up_again_on_others(tiny_tree: dict, tmp_path: Path) -> None:
     moved = tmp_path / "runs/moved"
     for number, engine in enumerate(("fsdp", "zero1", "zero3", None), start=1):
         each = tree | {"name": "moved", "engine": ENGINES[engine] | {"timeout_s": 60} if engine else {}}
-        run_ranks(partial(_go_on, each), 2 if engine else 1, timeout_s=120)
+        run_ranks(partial(_go_on, each), 2 if engine else 1, timeout_s=300)
         for later in whole_checkpoints(moved)[number:]:
             shutil.rmtree(later)
     train(configuration.validate(tree | {"name": "moved"}), resume=True)
@@ -136,7 +136,7 @@ def _fails(tree: dict, rank: int, _world: int) -> str:
 def test_a_rank_that_cannot_write_spoils_nothing(tiny_tree: dict, tmp_path: Path) -> None:
     """The checkpoint before stays, nothing half is left, and both ranks say why."""
     tree = tiny_tree | {"samples": 96, "save_every": 32, "save_form": "sharded", "engine": {"timeout_s": 60}}
-    for told in run_ranks(partial(_fails, tree), 2, timeout_s=60):
+    for told in run_ranks(partial(_fails, tree), 2, timeout_s=120):
         assert "step_00000004: cannot be written: the disk is gone; step_00000002 stays as it was" in told
     assert [path.name for path in (tmp_path / "runs/tiny/checkpoints").iterdir()] == ["step_00000002"]
 

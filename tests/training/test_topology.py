@@ -8,7 +8,9 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,13 @@ from clipkit.data.build import write_shards
 from clipkit.data.mixture import open_data
 from clipkit.errors import PeerFailed
 from clipkit.model.embeddings import Embeddings
+from clipkit.training.checkpoint import whole_checkpoints
 from clipkit.training.engine import Engine
 from clipkit.training.loop import train
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_ranks, started
 from tests.training.conftest import degla_tree, tiny_samples
 from tests.training.planted import EMBED
-from tests.training.runs import finish, kill, launch, losses, pulls, samples, train_ranks, weights
+from tests.training.runs import finish, kill, launch, losses, pulls, samples, train_file, train_ranks, weights
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 
@@ -41,7 +44,7 @@ def alone(tiny_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Path):
     """One process, and DDP, FSDP and ZeRO-0 to 3 on two ranks, whole, in parts and with blocks computed again: the same
-    20 losses, and those on file."""
+    20 losses, and those on file; the same teacher. Furthest off are biases of keys, whose gradient is only rounding."""
     reference = losses(alone)
     assert len(reference) == 20
     assert reference == pytest.approx(json.loads(GOLDEN.read_text())["degla"], abs=2e-4)
@@ -63,7 +66,7 @@ def test_golden_losses_and_two_ranks(alone: Path, tiny_tree: dict, tmp_path: Pat
         assert pulls(folder) == pytest.approx(pulls(alone), abs=1e-4), name
         assert samples(folder) == samples(alone), name
         for key, value in weights(alone, "teacher").items():
-            torch.testing.assert_close(weights(folder, "teacher")[key], value, atol=2e-3, rtol=0, msg=f"{name} {key}")
+            torch.testing.assert_close(weights(folder, "teacher")[key], value, atol=1e-5, rtol=0, msg=f"{name} {key}")
 
 
 def test_killed_and_resumed_equals_never_killed(alone: Path, tiny_tree: dict, tmp_path: Path):
@@ -154,36 +157,79 @@ def test_killed_on_two_ranks_resumed_on_one_and_back(alone: Path, tiny_tree: dic
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
 
 
-def kill_often(tree: dict, folder: Path, ranks: Callable[[random.Random], int]) -> tuple[Path, Path]:
-    """The folders of a run on two ranks left in peace, and of one killed fifty times at random moments.
+@dataclass
+class War:
+    """Two runs' folders, one left in peace and one killed fifty times; and how that went."""
 
-    One in five dies while it starts, the others within a few steps of where they went on, also while they save.
-    `ranks`: how many go on each time.
-    """
-    rng = random.Random(0)
-    tree = tree | {"save_every": 16 * 2, "engine": {"kind": "ddp"}}
-    finish(launch(tree | {"name": "peace"}, folder / "peace.yaml", ranks=2))
-    peace, war = (folder / "runs" / name for name in ("peace", "war"))
+    peace: Path
+    war: Path
+    starting: int = 0
+    """Kills before the first step."""
+    saving: int = 0
+    """Kills that left a half-written checkpoint behind."""
+    lost: int = 0
+    """Steps that had to be taken again."""
+
+    def kill(self, path: Path, world: int, rng: random.Random) -> None:
+        """Let `world` ranks go on, and kill one or all of them at a random moment.
+
+        A fifth of the kills comes while the ranks start, two fifths when they are seen to save, the others within a
+        few steps of where they went on. Ranks that train end by themselves then; those that start wait for the killed
+        one to join, until a launcher ends them.
+        """
+        before, moment = steps_logged(self.war), rng.random()
+        with started(partial(train_file, str(path), True), world, timeout_s=60) as (ranks, _):
+            if moment < 0.2:
+                time.sleep(rng.uniform(0, 1.5))
+            else:
+                goal = before + rng.randint(1, 8)
+                self._wait(ranks, lambda: steps_logged(self.war) >= goal)
+                if moment < 0.6:
+                    self._wait(ranks, lambda: bool(half_written(self.war)))
+                else:
+                    time.sleep(rng.uniform(0, 0.3))
+            assert all(rank.is_alive() for rank in ranks), "the run was over, or had failed, before it was killed"
+            for rank in rng.sample(ranks, 1) if rng.random() < 0.7 else ranks:
+                rank.kill()
+            for rank in ranks if moment >= 0.2 else ():
+                rank.join(timeout=40)
+                assert not rank.is_alive(), "a rank was left waiting"
+        whole = whole_checkpoints(self.war)
+        self.starting += steps_logged(self.war) == before
+        self.saving += bool(half_written(self.war))
+        self.lost += steps_logged(self.war) - (int(whole[-1].name.removeprefix("step_")) if whole else 0)
+
+    @staticmethod
+    def _wait(ranks: list[BaseProcess], seen: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not seen() and all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+
+def kill_often(tree: dict, folder: Path, ranks: Callable[[random.Random], int]) -> War:
+    """A run on two ranks left in peace, and one killed fifty times; `ranks`: how many go on each time."""
+    rng, fought = random.Random(0), War(*(folder / "runs" / name for name in ("peace", "war")))
+    tree = tree | {"save_every": 16 * 2, "engine": {"timeout_s": 60}}
+    train_ranks(tree | {"name": "peace"}, folder / "peace.yaml", timeout_s=900)
+    (folder / "war.yaml").write_text(yaml.safe_dump(tree | {"name": "war"}))
     for _ in range(50):
-        process = launch(tree | {"name": "war"}, folder / "war.yaml", ranks=ranks(rng), resume=True)
-        if rng.random() < 0.2:
-            time.sleep(rng.uniform(0.5, 6))
-        else:
-            goal, deadline = steps_logged(war) + rng.randint(1, 8), time.monotonic() + 120
-            while steps_logged(war) < goal and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "the run was over, or had failed, before it was killed"
-        kill(process)
-    assert steps_logged(war) < tree["samples"] // 16
-    finish(launch(tree | {"name": "war"}, folder / "war.yaml", ranks=ranks(rng), resume=True))
-    return peace, war
+        fought.kill(folder / "war.yaml", ranks(rng), rng)
+    assert steps_logged(fought.war) < tree["samples"] // 16
+    train_ranks(tree | {"name": "war"}, folder / "war.yaml", ranks(rng), resume=True, timeout_s=900)
+    print(f"killed while starting {fought.starting}, while saving {fought.saving}; {fought.lost} steps taken again")
+    assert fought.saving >= 5 and not half_written(fought.war)
+    return fought
+
+
+def half_written(folder: Path) -> list[Path]:
+    return list((folder / "checkpoints").glob(".step_*"))
 
 
 @pytest.mark.slow
 def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
     """Two ranks: samples, losses and, bit for bit, the last checkpoint are those of a run left in peace."""
-    peace, war = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: 2)
+    fought = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: 2)
+    peace, war = fought.peace, fought.war
     assert samples(war) == samples(peace)
     assert losses(war) == losses(peace)
     for name in ("model", "teacher", "optimizer"):
@@ -194,6 +240,8 @@ def test_fifty_kills(tiny_tree: dict, tmp_path: Path):
 @pytest.mark.slow
 def test_fifty_kills_on_one_rank_and_on_two(tiny_tree: dict, tmp_path: Path):
     """One rank goes on where two were killed, and two where one was: the same samples, the losses to rounding."""
-    peace, war = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: rng.randint(1, 2))
+    fought = kill_often(tiny_tree | {"samples": 16 * 500}, tmp_path, lambda rng: rng.randint(1, 2))
+    peace, war = fought.peace, fought.war
     assert samples(war) == samples(peace)
+    print(f"largest deviation of a loss: {max(abs(a - b) for a, b in zip(losses(war), losses(peace))):.2e}")
     assert losses(war) == pytest.approx(losses(peace), abs=1e-5)

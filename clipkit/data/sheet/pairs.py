@@ -109,8 +109,9 @@ def drawn_pairs(
 ) -> list[Shown]:
     """Rows of the global batch of `step` of the run that `config` describes, read by the loader's own reader.
 
-    `preprocess` is the image tower's. A pair that cannot be read has a `problem` where it would end the run, and the
-    pair that takes its place with `data.on_error: skip`. `online` makes `data.online_negatives`. Raises UserError for data that training refuses as well.
+    `preprocess` is the image tower's, `online` makes `data.online_negatives`. A pair that cannot be read has a `problem`
+    where it would end the run, and the pair that takes its place with `data.on_error: skip`. Raises UserError for data
+    that training refuses as well.
     """
     data = config.data
     if data.cache_image_features:  # the tower has seen each picture once, by the evaluation transform

@@ -98,7 +98,7 @@ _OBJECTIVE = (
     "aspects",
 )  # fmt: skip
 TERMS = Registry("term", tuple(f"clipkit.objective.{m}" for m in _OBJECTIVE))
-RULES = Registry("rule", ("clipkit.negatives.rules", "clipkit.negatives.clauses", "clipkit.negatives.additions"))
+RULES = Registry("rule", tuple(f"clipkit.negatives.{m}" for m in ("rules", "clauses", "additions", "wordnet")))
 SOURCES = Registry("source", ("clipkit.data.sources", "clipkit.data.abstract_scenes"))
 SCORES = Registry("score", ("clipkit.evaluation.scores",))
 

@@ -198,10 +198,11 @@ def _training_sheet(
     from clipkit import config as configuration
     from clipkit.data.sheet import drawn_sheet
     from clipkit.model.preprocess import preprocess_of
+    from clipkit.negatives.online import online
 
     config = configuration.load(name, settings or ())
     config.data.train, config.data.sources = shards, {}
-    return drawn_sheet(config, preprocess_of(config.model), step, count, start, random)
+    return drawn_sheet(config, preprocess_of(config.model), step, count, start, random, online(config))
 
 
 def reshard(

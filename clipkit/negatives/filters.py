@@ -24,6 +24,15 @@ LONGEST = 150
 LONGER = 2.0
 """A negative this many times as long as its caption tells itself apart by its length."""
 
+PROFANE = frozenset(
+    re.findall(
+        r"\w+",
+        "ass asses asshole bastard bastards bitch bitches bollocks crap cunt damn dick dickhead fuck fucked fucking "
+        "fucker goddamn motherfucker piss pissed prick shit shitty slut sluts twat wanker whore whores",
+    )
+)
+"""Words that neither come in nor go."""
+
 _WORD = re.compile(r"'s\b|\w+(?:-\w+)*(?:'(?!s\b)\w+)*")
 
 
@@ -131,6 +140,11 @@ def _order(text: str, concepts: frozenset[str]) -> list[str]:
     return [name for name in map(concept, _words(text)) if name in concepts]
 
 
+def _profane(case: Case) -> bool:
+    """Swear words come in or go: a negative changes what is said, not how."""
+    return bool(PROFANE & (set(case.words) ^ set(case.original)))
+
+
 def _unusual(case: Case) -> bool:
     """Two neighbouring words that captions do not hold: such a negative can be told without its picture."""
     if case.usage is None or case.kind.startswith("reshuffle"):
@@ -149,6 +163,7 @@ CHECKS: dict[str, Callable[[Case], bool]] = {
     "repeated word": _stutter,
     "wrong article": _wrong_article,
     "another caption says so": _said_elsewhere,
+    "profanity changed": _profane,
     "unusual neighbours": _unusual,
 }
 """Reason → whether a case is dropped for it, in the order they are asked."""

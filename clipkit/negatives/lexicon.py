@@ -163,7 +163,7 @@ class Nouns:
         head, space, last = lemma.rpartition(" ")
         if last.endswith(("man", "woman")) and last not in ("human", "german"):
             return head + space + last[:-2] + "en"
-        return head + space + self._irregular.get(last, _regular_plural(last))
+        return head + space + self._irregular.get(last, regular_plural(last))
 
     def lemma(self, form: str) -> str:
         """The lemma of a known form, else the form itself."""
@@ -197,7 +197,7 @@ class Verbs(Groups):
         self.forms: dict[str, tuple[str, str]] = {}
         self._inflected: dict[str, dict[str, str]] = {}
         for base in [*self.by_name, *words(tree["known"])]:
-            third, gerund = irregular.get(base, (_regular_plural(base), _regular_gerund(base)))
+            third, gerund = irregular.get(base, (regular_plural(base), _regular_gerund(base)))
             self._inflected[base] = {"base": base, "third": third, "gerund": gerund}
             for form, written in self._inflected[base].items():
                 self.forms.setdefault(written, (base, form))
@@ -361,7 +361,8 @@ def _read(name: str) -> dict[str, Any]:
     return yaml.load((resources.files("clipkit.negatives") / "data" / f"{name}.yaml").read_text("utf-8"), Loader=loader)
 
 
-def _regular_plural(word: str) -> str:
+def regular_plural(word: str) -> str:
+    """The plural by the rules of spelling."""
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return word + "es"
     if word.endswith("y") and word[-2:-1] not in tuple("aeiou"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class LocalChat:
             most = room - length
             if most < 1:
                 raise UserError(f"{self.url}: reads {room} tokens, a prompt has {length}; take a model that reads more")
-        dice = _Dice([r.seed for r in some], self.temperature)
+        dice = _Dice([_seed(r.text, r.seed) for r in some], self.temperature)
         out = self.model.generate(
             input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=most, do_sample=False,
             num_beams=1, logits_processor=[dice], pad_token_id=self.tokenizer.pad_token_id,
@@ -124,6 +125,11 @@ class LocalChat:
         tokens = said[: most if stop is None else min(stop, most)]
         fault = Fault("truncated", longer=True) if stop is None or stop > most else None
         return Reply(self.tokenizer.decode(tokens, skip_special_tokens=True), (sent, len(tokens)), fault)
+
+
+def _seed(text: str, seed: int) -> int:
+    """Other numbers for every prompt, and for every seed."""
+    return int.from_bytes(blake2b(f"{seed}:{text}".encode(errors="replace"), digest_size=8).digest(), "big") >> 1
 
 
 class _Dice:

@@ -23,6 +23,7 @@ from clipkit.data.members import SHEETS, Unreadable, read_sheet
 from clipkit.data.shards import Index, Shard, expand, version, write_atomic
 from clipkit.errors import UserError
 from clipkit.negatives.filters import Usage, keep, usage_of
+from clipkit.negatives.wordnet import installed
 from clipkit.registry import RULES
 
 KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "replace_nouns")
@@ -274,6 +275,9 @@ def _stamp(source: Shard, target: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished shard was made from, and how."""
     usage = recipe.usage.mark if recipe.usage else ""
     settings = {"kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed, "usage": usage}
+    if "replace_nouns_wordnet" in recipe.kinds:
+        found = installed()
+        settings["wordnet"] = found.mark if found else ""
     return settings | {"rules": rules_mark(), **sizes(source, target)}
 
 

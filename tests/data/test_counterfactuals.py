@@ -99,7 +99,7 @@ def test_shards_hold_the_other_pictures(tmp_path: Path, monkeypatch: pytest.Monk
         (0, 20, "blue"), (1, 18, "red"), (0, 18, "navy"), (1, 20, "maroon"), (1, 15, "tan"), (0, 23, "teal"),
         (1, 23, "plum"), (0, 15, "gold"),
     )}  # fmt: skip
-    said = ["the angry boy sits on the right", "a girl runs on the left"]
+    said = ["the angry boy sits on the right"]
     record = {"split": "train", "scene": f"2,{girl},{boy}", "messages": said, "in_minimal_pairs": False}
     monkeypatch.setattr(scenes, "records", lambda: [record | {"image_id": n} for n in range(6)])
     monkeypatch.setattr(scenes, "COLOURS", colours)

@@ -179,7 +179,7 @@ def test_what_cannot_be_right_is_said_at_once() -> None:
     assert "data.online_negatives: needs data.negatives" in problems(online_negatives="[negate]", negatives=0)
     assert "no score to choose the hardest by" in problems(online_negatives="[negate]", negative_policy="hardest")
     with pytest.raises(UserError, match="data.negative_weights: act in infonce, igc, tgc"):
-        configuration.load("ce_clip", ["data.negative_weights=true", "objective={imc: {}}"])
+        configuration.load("siglip", ["data.negative_weights=true", "data.negatives=1"])
     config = configuration.load("negclip", ["data.online_negatives=[swap_noun]"])
     with pytest.raises(UserError, match="no rule makes swap_noun; did you mean swap_nouns"):
         online(config)

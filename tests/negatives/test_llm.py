@@ -362,7 +362,7 @@ RUN = """
 import sys
 from clipkit.negatives.llm import Wish, ask
 shards, out, url = sys.argv[1:]
-ask(shards, out, Wish("m", {kinds}), url=url, timeout_s=2, concurrency={n}, progress=False)
+ask(shards, out, Wish("m", {kinds}), url=url, timeout_s=20, concurrency={n}, progress=False)
 """
 KILL_KINDS = ["reshuffle", "replace_nouns"]
 SIDE_BY_SIDE = 8

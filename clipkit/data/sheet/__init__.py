@@ -9,6 +9,7 @@ from typing import Any
 
 from clipkit.config import Config
 from clipkit.data.decode import Preprocess
+from clipkit.data.reader import Online
 from clipkit.data.shards import write_atomic
 from clipkit.data.sheet.drawing import draw
 from clipkit.data.sheet.page import page
@@ -42,10 +43,16 @@ def stored_sheet(
 
 
 def drawn_sheet(
-    config: Config, preprocess: Preprocess, step: int = 0, n: int = 24, start: int = 0, random: int | None = None
+    config: Config,
+    preprocess: Preprocess,
+    step: int = 0,
+    n: int = 24,
+    start: int = 0,
+    random: int | None = None,
+    online: Online | None = None,
 ) -> Sheet:
     """Pairs of a batch of the run that `config` describes; see `drawn_pairs`."""
-    pairs = drawn_pairs(config, preprocess, step, n, start, random)
+    pairs = drawn_pairs(config, preprocess, step, n, start, random, online)
     about = f"{len(pairs)} of the {config.batch_size:,} pairs of step {step}, as the towers get them{_chosen(random)}"
     return Sheet(f"{config.name}: {', '.join(config.data.train)}", about, pairs)
 

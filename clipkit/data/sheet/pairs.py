@@ -15,7 +15,7 @@ from clipkit.config import Config
 from clipkit.data.decode import Preprocess, read_picture
 from clipkit.data.members import Unreadable, picture_bytes, read_sheet
 from clipkit.data.plan import Plan
-from clipkit.data.reader import Reader
+from clipkit.data.reader import Online, Reader
 from clipkit.data.shards import Index
 
 Negative = dict[str, Any]
@@ -99,21 +99,28 @@ def stored_pairs(
 
 
 def drawn_pairs(
-    config: Config, preprocess: Preprocess, step: int = 0, n: int = 3, start: int = 0, random: int | None = None
+    config: Config,
+    preprocess: Preprocess,
+    step: int = 0,
+    n: int = 3,
+    start: int = 0,
+    random: int | None = None,
+    online: Online | None = None,
 ) -> list[Shown]:
     """Rows of the global batch of `step` of the run that `config` describes, read by the loader's own reader.
 
-    `preprocess` is the image tower's. A pair that cannot be read has a `problem` where it would end the run, and the
-    pair that takes its place with `data.on_error: skip`. Raises UserError for data that training refuses as well.
+    `preprocess` is the image tower's, `online` makes `data.online_negatives`. An unreadable pair has a `problem`
+    where it would end the run, and the pair that takes its place with `data.on_error: skip`. Raises UserError for data
+    that training refuses as well.
     """
     data = config.data
     if data.cache_image_features:  # the tower has seen each picture once, by the evaluation transform
         data = data.model_copy(update={"augment": "none"})
     index = Index.load(data.train, on_error=data.on_error)
     plan = Plan(index, batch_size=config.batch_size, seed=config.seed, lanes=data.lanes)
-    reader = Reader(index, plan.ranges, data, preprocess, config.seed, features=None)
+    reader = Reader(index, plan.ranges, data, preprocess, config.seed, features=None, online=online)
     ids, (epoch, *_) = plan.rows(step)
-    return [_drawn(reader, id, step, int(epoch)) for id in _choose(ids.tolist(), n, start, random)]
+    return [_drawn(reader, id, step, int(epoch), step / config.steps) for id in _choose(ids.tolist(), n, start, random)]
 
 
 def _choose(ids: Sequence[int], n: int, start: int, random: int | None) -> list[int]:
@@ -139,16 +146,16 @@ def _stored(index: Index, id: int) -> Shown:
     return shown
 
 
-def _drawn(reader: Reader, id: int, step: int, epoch: int) -> Shown:
+def _drawn(reader: Reader, id: int, step: int, epoch: int, progress: float) -> Shown:
     skipped: list[tuple[str, str]] = []
     try:
-        row = reader.row(id, epoch)
+        row = reader.row(id, epoch, progress)
     except Unreadable as reason:
         if reader.data.on_error == "raise":
             shown = _stored(reader.index, id)
             shown.problem = f"ends the run: {reason}"
             return shown
-        row = reader.usable(id, epoch, skipped)
+        row = reader.usable(id, epoch, skipped, progress)
     shown = _stored(reader.index, row.id)
     shown.note = "; ".join(f"takes the place of {where}: {reason}" for where, reason in skipped)
     picture = Image.fromarray(row.picture.permute(1, 2, 0).numpy())

@@ -184,11 +184,14 @@ def test_a_fine_tune_is_set_beside_its_start(models: list[str], benchmark: Path,
         and line["low"] <= line["difference"] <= line["high"]
     )
     assert "difference" in said and 0 < line["p"] <= 1
+    page = (run / "report.html").read_text()
+    assert "start" in page and str(run.name) in page
     shutil.rmtree(run / "start")
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"start": str(tmp_path / "gone")}}))
     done = typed("eval", run, "--benchmark", benchmark)
     assert done.status == 0 and f"began from {tmp_path}/gone, which is not set beside it" in done.err
-    assert not typed("eval", run, "--benchmark", benchmark, "--no-start").err
+    said = typed("eval", run, "--benchmark", benchmark, "--no-start").err
+    assert said.startswith("report: ") and said.count("\n") == 1
     assert not (run / "start").exists()
 
 

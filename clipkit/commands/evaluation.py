@@ -41,6 +41,7 @@ def evaluate(
     --cache keeps embeddings in $CLIPKIT_CACHE/embeddings, by the model's weights and what pictures and texts hold.
 
     Of a run that began from another model, that one too: RUN/start/results, and the differences in RUN/forgetting.json.
+    RUN/report.html shows all that the run has been scored on.
     """
     if not suite and not benchmark:
         raise UserError("name a --suite or a --benchmark; `clipkit bench list` shows them")
@@ -73,11 +74,22 @@ def evaluate(
             before = score(start, (out or run) / "start" / "results")
         except UserError as error:
             print(f"{model} began from {start}, which is not set beside it (--no-start): {error}", file=sys.stderr)
-            return
-        found = differences(before, results)
-        write_json(found, str((out or run) / "forgetting.json"))
-        if json_path != STDOUT:
-            print_table(FORGETTING, [_forgotten(line) for line in found], f"against its start, {start}")
+        else:
+            found = differences(before, results)
+            write_json(found, str((out or run) / "forgetting.json"))
+            if json_path != STDOUT:
+                print_table(FORGETTING, [_forgotten(line) for line in found], f"against its start, {start}")
+    if run and not out:
+        _write_report(run)
+
+
+def _write_report(run: Path) -> None:
+    """The run, compared with its start where that has been scored."""
+    from clipkit.evaluation.report import write_report
+
+    start = [("start", run / "start")] if (run / "start" / "results").is_dir() else []
+    report = write_report([*start, (run.resolve().name, run)], run / "report.html")
+    print(f"report: {report}", file=sys.stderr)
 
 
 FORGETTING = ["benchmark", "metric", "start", "now", "difference", "95 %", "p", "detects"]

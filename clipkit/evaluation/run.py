@@ -133,18 +133,25 @@ def survey(benchmark: Benchmark, roots: Roots) -> Survey:
 def print_results(results: Sequence[Result], console: Console | None = None) -> None:
     """A table for people: headline and aggregates with intervals, chance and the best blind guess, in percent.
 
-    `detects`: the smallest difference to another model, in points, that would be found four times of five.
+    Below it, of every headline, the smallest difference to another model that would be found four times of five.
     """
     console = console or Console()
     table = Table(title=results[0].model or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("benchmark · metric", no_wrap=True)
-    for name in ("value", "95 %", "chance", "blind", "ties", "detects", "n"):
+    for name in ("value", "95 %", "chance", "blind", "ties", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(f"[bold]{result.benchmark}[/bold]")
         for key in _shown(result):
             table.add_row(f"  {key}", *_cells(result, key))
     console.print(table)
+    found = [
+        f"{result.benchmark} {100 * detectable(result.score.low, result.score.high):.1f}"
+        for result in results
+        if not result.headline.endswith("rank")
+    ]
+    if found:
+        console.print(f"smallest difference that would be found, in points: {', '.join(found)}")
     for result in results:
         if "leakage" in result.details:
             console.print(_leaked(result))
@@ -183,10 +190,11 @@ def _cells(result: Result, key: str) -> list[str]:
         "" if metric.chance is None else _number(metric.chance, key),
         _number(max(blind), key) if blind else "",
         "" if ties is None else f"{100 * ties:.1f}",
-        "" if key.endswith("rank") else f"{100 * detectable(metric.low, metric.high):.1f}",
         str(metric.n),
     ]
 
 
 def _number(value: float, key: str) -> str:
-    return f"{value:.0f}" if key.endswith("rank") else f"{100 * value:.1f}"
+    if key.endswith("rank"):
+        return f"{value:.1f}" if key.endswith("of_rank") else f"{value:.0f}"
+    return f"{100 * value:.1f}"

@@ -211,7 +211,12 @@ def test_transformers_folders_of_other_kinds(tmp_path: Path):
         SiglipVisionConfig,
     )
 
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = SiglipTextConfig(vocab_size=12, max_position_embeddings=8, **small)
     vision = SiglipVisionConfig(image_size=16, patch_size=8, **small)
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ from clipkit.evaluation.convert import convert
 from clipkit.evaluation.judged import Pairs
 from clipkit.evaluation.scores import SCORES, chance, judged
 from tests.evaluation.fakes import Constant, Oracle, Random
-from tests.evaluation.test_published import BOX, OFFICIAL, SVO, Named, knows, task_of, write_json
-from tests.evaluation.test_published_more import crepe, eqben, mmvp_vlm
+from tests.evaluation.test_published import BOX, OFFICIAL, SOURCES, SVO, Named, knows, task_of, write_json
+from tests.evaluation.test_published_more import WRITE, crepe, eqben, mmvp_vlm
 
 
 class Coarse(Random):
@@ -387,6 +387,11 @@ def test_every_published_benchmark_is_tried():
     assert published().keys() - WHOLE - ITEMS - OURS == {
         "coco_order", "flickr30k_order", "winoground", "colorswap", "cola", "inpaint_coco", "vl_checklist",
     }  # fmt: skip
+
+
+def test_every_published_benchmark_has_met_the_three():
+    """Constant, random and oracle: on real annotations, on small copies, or (COLA's single objects) here."""
+    assert published().keys() == WRITE.keys() | SOURCES.keys() | {"cola_gqa", "cola_clevr", "cola_paco"}
 
 
 @pytest.mark.parametrize("name", published())

@@ -1,4 +1,4 @@
-"""Benchmarks without an address for their annotations: their published form in small, constant, random and oracle."""
+"""Benchmarks whose annotations are not at hand: their published form in small, constant, random and oracle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,8 +84,72 @@ def inpaint_coco(folder: Path, rows: int = 60) -> Path:
     return folder
 
 
-WRITE: dict[str, Callable[[Path], Path]] = {f.__name__: f for f in (mmvp_vlm, eqben, crepe, vl_checklist, inpaint_coco)}
-CHANCE = {"mmvp_vlm": 1 / 4, "eqben": 1 / 6, "crepe": 1 / 6, "vl_checklist": 1 / 2, "inpaint_coco": 1 / 6}
+def vg_relation(folder: Path, rows: int = 60) -> Path:
+    items = [box(n) | {"relation_name": ("on", "near", "under")[n % 3]} for n in range(rows)]
+    return write_json(folder / "visual_genome_relation.json", items)
+
+
+def vg_attribution(folder: Path, rows: int = 60) -> Path:
+    items = [box(n) | {"attributes": [("red", "big")[n % 2], "small"]} for n in range(rows)]
+    return write_json(folder / "visual_genome_attribution.json", items)
+
+
+def box(n: int) -> dict[str, Any]:
+    place = {"bbox_x": 5, "bbox_y": 0, "bbox_w": 40, "bbox_h": 20, "image_path": f"{n}.jpg"}
+    return place | {"true_caption": f"{n} on b", "false_caption": f"b on {n}"}
+
+
+def flickr30k_order(folder: Path) -> Path:
+    of = itertools.product(
+        ("black", "young", "tall", "wet"), ("dog", "man", "horse", "boy"), ("grass", "sand", "street")
+    )
+    items = [
+        {
+            "image": f"flickr30k-images/{n}.jpg",
+            "caption": [f"Two {a} cats and one old {b} run over the green {c} today ."],
+        }
+        for n, (a, b, c) in enumerate(of)
+    ]
+    return write_json(folder / "flickr30k_test.json", items)
+
+
+def winoground(folder: Path, rows: int = 400) -> Path:
+    items = [
+        {"id": n, "image_0": f"{n}_0", "image_1": f"{n}_1", "caption_0": f"{n} a", "caption_1": f"{n} b"}
+        for n in range(rows)
+    ]
+    lines = [json.dumps(item | {"collapsed_tag": "Object"}) + "\n" for item in items]
+    (folder / "examples.jsonl").write_text("".join(lines))
+    return folder / "examples.jsonl"
+
+
+def whatsup(folder: Path, objects: int = 12) -> Path:
+    places = ("on", "under", "left_of", "right_of")
+    for kind in ("images", "clevr"):
+        items = []
+        for n, place in itertools.product(range(objects), places):
+            options = [f"{kind} {n} {other}" for other in (place, *(p for p in places if p != place))]
+            items.append({"image_path": f"data/controlled_{kind}/{n}_{place}_b.jpeg", "caption_options": options})
+        write_json(folder / f"controlled_{kind}_dataset.json", items)
+    for photos, count in itertools.product(("coco", "vg"), ("one", "two")):
+        said = f"{photos} {count}"
+        rows = [[100 * len(said) + n, f"{said} {n} left", f"{said} {n} right"] for n in range(48)]
+        write_json(folder / f"{photos}_qa_{count}_obj.json", rows)
+    return folder
+
+
+def svo_probes(folder: Path, rows: int = 90) -> Path:
+    lines = [["sentence", "pos_image_id", "neg_image_id", "subj_neg", "verb_neg", "obj_neg"]]
+    for n in range(rows):
+        lines.append([f"A dog, {n}", f"{2 * n}", f"{2 * n + 1}", *(str(n % 3 == place) for place in range(3))])
+    return write_csv(folder / "svo_probes.csv", lines)
+
+
+CHANCE = {
+    mmvp_vlm: 1 / 4, eqben: 1 / 6, crepe: 1 / 6, vl_checklist: 1 / 2, inpaint_coco: 1 / 6, vg_relation: 1 / 2,
+    vg_attribution: 1 / 2, flickr30k_order: 1 / 5, winoground: 1 / 6, whatsup: (2 / 4 + 4 / 2) / 6, svo_probes: 1 / 2,
+}  # fmt: skip
+WRITE: dict[str, Callable[[Path], Path]] = {write.__name__: write for write in CHANCE}
 
 
 @pytest.mark.parametrize("name", WRITE)
@@ -96,9 +161,10 @@ def test_constant_random_and_oracle(tmp_path: Path, name: str):
     constant = task.score(Named(Constant()), "strict")  # type: ignore[arg-type]
     assert {metric.value for metric in constant.metrics.values()} == {0.0}
     scores = [task.score(Named(Random(seed)), "official").score for seed in range(6)]  # type: ignore[arg-type]
-    assert scores[0].chance == pytest.approx(CHANCE[name])
+    chance = CHANCE[WRITE[name]]
+    assert scores[0].chance == pytest.approx(chance)
     slack = 0.8 * (scores[0].high - scores[0].low) / len(scores) ** 0.5
-    assert np.mean([score.value for score in scores]) == pytest.approx(CHANCE[name], abs=slack)
+    assert np.mean([score.value for score in scores]) == pytest.approx(chance, abs=slack)
     right = task.score(Named(knows(task)), "strict")  # type: ignore[arg-type]
     assert {metric.value for metric in right.metrics.values()} == {1.0}
 

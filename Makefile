@@ -19,7 +19,7 @@ test: lint  ## formatting, lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-cluster: $(READY)  ## two hosts and a SLURM cluster on this machine; skips without root, iproute2 or SLURM
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -rs --durations=8 tests/launch
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -rs --durations=8 --numprocesses 2 --dist loadfile tests/launch
 
 lint: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

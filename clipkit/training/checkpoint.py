@@ -75,7 +75,6 @@ class Checkpoints:
         self._copied = Event()
         self._copied.set()
         self._meeting: Meeting | None = None
-        self._sharded = self.config.save_form == "sharded"
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -151,6 +150,10 @@ class Checkpoints:
         self.guard.go_back(states[before[-1]]["guard"]["updates"] if before else None)
         self._load(before[-1])
         return states[before[-1]]["step"]
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.save_form == "sharded"
 
     def _tables(self) -> dict[str, dict[str, Tensor]]:
         """All tensors by file name; every rank takes part in gathering what engines divide.

@@ -57,7 +57,7 @@ class LocalChat:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name}: no causal language model that transformers can load: {reason}") from None

@@ -109,7 +109,7 @@ def drawn_pairs(
 ) -> list[Shown]:
     """Rows of the global batch of `step` of the run that `config` describes, read by the loader's own reader.
 
-    `preprocess` is the image tower's, `online` makes `data.online_negatives`. An unreadable pair has a `problem`
+    `preprocess` is the image tower's, `online` makes the online negatives. A pair that cannot be read has a `problem`
     where it would end the run, and the pair that takes its place with `data.on_error: skip`. Raises UserError for data
     that training refuses as well.
     """

@@ -25,7 +25,7 @@ class Fluency:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name)
+            model: Any = AutoModelForCausalLM.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name}: no causal language model that transformers can load: {reason}") from None

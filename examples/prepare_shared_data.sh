@@ -35,6 +35,21 @@ convert abstract_scenes_pairs "$data/codraw_scenes.tar"
 convert abstract_scenes_choice "$data/codraw_scenes.tar"
 convert flickr8k_order "$data/flickr8k_dev-000.tar"
 
+# NLVR: the tar holds the pictures without the folders that its rows name.
+for name in nlvr nlvr_pairs; do clipkit bench convert $name "$raw/../annotations/nlvr" --out "$data/published"; done
+python - "$data" <<'PYTHON'
+import json, sys, tarfile
+from pathlib import Path
+data = Path(sys.argv[1])
+rows = map(json.loads, (data / "published/nlvr.jsonl").read_text().splitlines())
+places = {Path(image["path"]).name: data / "nlvr" / image["path"] for row in rows for image in row["images"]}
+with tarfile.open(data / "nlvr1.tar") as tar:
+    for member in tar:
+        if place := places.get(Path(member.name).name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(tar.extractfile(member).read())
+PYTHON
+
 clipkit bench check --root "*=$data" \
   flickr8k_dev flickr8k_order sugarcrepe_subset valse_subset vsr_subset \
-  abstract_scenes_dev abstract_scenes_pairs abstract_scenes_choice
+  abstract_scenes_dev abstract_scenes_pairs abstract_scenes_choice nlvr nlvr_pairs

@@ -21,7 +21,7 @@ from tests.training.conftest import degla_tree, tiny_samples
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not available(), reason="needs SLURM (tests/launch/install.sh), and root to start it"),
+    pytest.mark.skipif(not available(), reason="needs SLURM (tests/install.sh), and root to start it"),
 ]
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -184,7 +185,8 @@ def measure(
     `recompute`: learning towers keep what enters their blocks. Raises UserError for towers that cannot.
     """
     device, dtype = device or ("cuda" if torch.backends.cuda.is_built() else "cpu"), AUTOCAST[precision]
-    flops = _with_shapes(spec, locks, "cpu", _flops, recompute)
+    with sdpa_kernel(SDPBackend.MATH):  # whose products are counted; which other one a CPU takes depends on the CPU
+        flops = _with_shapes(spec, locks, "cpu", _flops, recompute)
     with _fused_attention() if device == "cuda" else nullcontext():
         saved = _with_shapes(spec, locks, device, partial(_bytes, dtype=dtype), recompute)
         again = _with_shapes(spec, locks, device, partial(_block_bytes, dtype=dtype), False) if recompute else {}

@@ -182,5 +182,6 @@ def test_every_converter_was_tried_here_or_with_the_published_ones():
     } == {
         "sugarcrepe_pp", "vsr_zeroshot", "vsr_random", "bivlc", "cola", "colorswap", "winoground", "nlvr", "nlvr_pairs",
         "coco_order", "flickr30k_order", "vg_relation", "vg_attribution", "whatsup", "svo_probes",
-        "mmvp_vlm", "eqben", "crepe", "vl_checklist", "inpaint_coco",
+        "mmvp_vlm", "eqben", "crepe", "vl_checklist", "inpaint_coco", "nlvr_orders",
+        "cola_gqa", "cola_clevr", "cola_paco",
     }  # fmt: skip

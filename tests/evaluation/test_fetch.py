@@ -149,5 +149,5 @@ def test_every_packaged_download_is_of_a_fixed_commit():
     from clipkit.evaluation.benchmark import packaged
 
     found = [download for name in packaged() if (download := load(name).download)]
-    assert len(found) == 9
+    assert len(found) == 10
     assert all(any(len(part) == 40 for part in download.url.split("/")) for download in found)

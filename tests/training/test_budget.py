@@ -155,9 +155,11 @@ def test_flops_are_those_counted_by_hand() -> None:
     cost = measure(spec_of(config_of().model)[0])["image"]
     tokens, width = 17, 64
     block = 12 * tokens * width**2 + 2 * tokens**2 * width  # projections and MLP; scores and their use
-    forward = 2 * (16 * 3 * 8 * 8 * width + 2 * block + width * 16)
-    assert cost.forward == pytest.approx(forward, rel=0.05)
-    assert cost.backward == pytest.approx(2 * forward, rel=0.05)
+    patches = 2 * 16 * 3 * 8 * 8 * width
+    forward = patches + 2 * (2 * block + width * 16)
+    assert cost.forward == pytest.approx(forward, rel=0.01)
+    # Pixels need no gradient; some releases of torch count it all the same.
+    assert cost.backward in (pytest.approx(2 * forward - patches, rel=0.01), pytest.approx(2 * forward, rel=0.01))
 
 
 @pytest.mark.parametrize(

@@ -42,27 +42,9 @@ _OTHER = {
     "he": "she", "she": "he", "him": "her", "his": "her", "hers": "his", "himself": "herself", "herself": "himself",
 }  # fmt: skip
 _SMALL = frozenset(
-    [
-        "",
-        "is",
-        "and",
-        "in",
-        "on",
-        "at",
-        "with",
-        "to",
-        "up",
-        "out",
-        "a",
-        "the",
-        "of",
-        "has",
-        "as",
-        "holding",
-        "facing",
-        "by",
-    ]
-)
+    ["", "is", "and", "in", "on", "at", "with", "to", "up", "out", "a", "the", "of", "has", "as",
+     "holding", "facing", "by"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

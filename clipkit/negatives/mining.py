@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from clipkit.data.build import tracked
-from clipkit.data.decode import read_picture
-from clipkit.data.members import Sheet, Unreadable, picture_bytes, read_sheet
+from clipkit.data.members import read_sheet
 from clipkit.data.shards import Index, expand
 from clipkit.errors import UserError
 from clipkit.negatives.make import check_places, rewrite
-from clipkit.negatives.scoring import Model
+from clipkit.negatives.scoring import Model, read_pair
 
 By = Literal["image", "text"]
 ROWS = 1024
@@ -114,7 +113,7 @@ def embed_pairs(model: Model, index: Index, batch_size: int = 64, progress: bool
     images, texts, groups, ids = [], [], [], iter(range(len(index)))
     batches = -(-len(index) // batch_size)
     for _ in tracked(range(batches), "embedding pairs", batches) if progress else range(batches):
-        some = [_read(index, id) for id in islice(ids, batch_size)]
+        some = [read_pair(index, id) for id in islice(ids, batch_size)]
         images.append(np.asarray(model.embed_images([picture for picture, _ in some]), np.float32))
         usable = [[sheet.captions[c] for c in sheet.usable()] for _, sheet in some]
         each = np.asarray(model.embed_texts([text for captions in usable for text in captions]), np.float32)
@@ -126,14 +125,6 @@ def embed_pairs(model: Model, index: Index, batch_size: int = 64, progress: bool
     names = {name: number for number, name in enumerate(dict.fromkeys(g for g in groups if g is not None))}
     numbers = [-1 - names[g] if g is not None else row for row, g in enumerate(groups)]
     return Embedded(np.concatenate(images), np.concatenate(texts), keys, np.array(numbers))
-
-
-def _read(index: Index, id: int) -> tuple[Any, Sheet]:
-    try:
-        members = index.read(id)
-        return read_picture(picture_bytes(members)[1]), read_sheet(members)
-    except Unreadable as reason:
-        raise UserError(f"{index.where(id)}: {reason}; mend the shard (clipkit shards check)") from None
 
 
 def _sheet(members: dict[str, bytes], alternates: list[str]) -> bytes:

@@ -76,7 +76,7 @@ def _scores(model: Model, index: Index, batch_size: int) -> list[Table]:
     """Of every pair of a shard, in order."""
     found: list[Table] = []
     ids = iter(range(len(index)))
-    while some := [_read(index, id) for id in islice(ids, batch_size)]:
+    while some := [read_pair(index, id) for id in islice(ids, batch_size)]:
         pictures = np.asarray(model.embed_images([picture for picture, _ in some]))
         texts = [text for _, sheet in some for text in _texts(sheet)]
         embedded = iter(np.asarray(model.embed_texts(texts)))
@@ -97,7 +97,8 @@ def _texts(sheet: Sheet) -> Iterator[str]:
         yield from (negative["text"] for negative in _of(sheet, c))
 
 
-def _read(index: Index, id: int) -> tuple[Any, Sheet]:
+def read_pair(index: Index, id: int) -> tuple[Any, Sheet]:
+    """A pair's picture and texts. Raises UserError where it cannot be read."""
     try:
         members = index.read(id)
         return read_picture(picture_bytes(members)[1]), read_sheet(members)

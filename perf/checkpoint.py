@@ -1,4 +1,4 @@
-"""What a checkpoint costs a step at ViT-B/32 size: waiting for the file, or for a copy made beside the forward pass."""
+"""What a checkpoint costs a step at ViT-B/32 size: waiting for the file, or for a copy made beside the next step."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from clipkit.training.engine import Engine
 from clipkit.training.guard import Guard
 from clipkit.training.optim import build_optimizer
 
+BATCHES = (8, 32)
+"""A short step and a long one: the shorter, the less there is to hide a save behind."""
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 
 
@@ -39,8 +41,12 @@ class _Plan:
         return {"step": step}
 
 
-def run(folder: Path, name: str, n: int, beside: bool) -> tuple[Callable[[int | None], dict[str, float]], int]:
-    """A step of the loop that may save what was before it, with the seconds that it took and waited; bytes saved."""
+Step = Callable[[int | None], dict[str, float]]
+"""A step of the loop that may save what was before it; the seconds that it took and waited."""
+
+
+def run(folder: Path, name: str, n: int, beside: bool) -> tuple[Step, Checkpoints, int]:
+    """A run that takes single steps, what saves it, and how many bytes that saves."""
     tree = {"batch_size": n, "samples": 8000 * n, "model": {"name": name}, "teacher": {"kind": "ema"}, "keep": 1}
     tree |= {"data": {"negatives": NEGATIVES}, "objective": TERMS, "optim": {"lr": 1e-6}, "save_async": beside}
     config = configuration.validate(tree)
@@ -67,31 +73,32 @@ def run(folder: Path, name: str, n: int, beside: bool) -> tuple[Callable[[int | 
         z = engine.embed(batch)
         z.teacher = teacher.embed(batch)
         loss, _ = objective(z.world())
-        forward = time.perf_counter()
+        engine.backward(loss)
+        computed = time.perf_counter()
         checkpoints.settle()
         settled = time.perf_counter()
-        norm = engine.backward(loss)
+        norm = engine.clip()
         assert guard.passes(norm, loss)
         engine.update()
         teacher.update(engine.bare, 1)
         ended = time.perf_counter()
-        return {"step": ended - began, "waited": saved - began + settled - forward}
+        return {"step": ended - began, "waited": saved - began + settled - computed}
 
     step(None)
     size = sum(x.nbytes for table in checkpoints._tables().values() for x in table.values())
-    return lambda save: step(save), size
+    return step, checkpoints, size
 
 
 def measure(beside: bool, batch: int, rounds: int) -> dict[str, Any]:
     """Medians over `rounds` of a step without a save, of one that begins with one, and of the one after it."""
     with tempfile.TemporaryDirectory() as folder:
-        step, size = run(Path(folder), "ViT-B-32", batch, beside)
+        step, checkpoints, size = run(Path(folder), "ViT-B-32", batch, beside)
         plain, saving, after = [], [], []
         for number in range(rounds):
             plain.append(step(None))
             saving.append(step(number))
             after.append(step(None))
-        step(rounds)  # the one under way is written before the folder goes
+        checkpoints.finish()  # before the folder goes
 
         def median(steps: list[dict[str, float]], what: str) -> float:
             return statistics.median(one[what] for one in steps)
@@ -107,18 +114,19 @@ def measure(beside: bool, batch: int, rounds: int) -> dict[str, Any]:
         }
 
 
-def main(batch: int = 32, rounds: int = 3) -> None:
+def main(rounds: int = 3) -> None:
     """Measure, print, write."""
-    rows = {name: measure(beside, batch, rounds) for name, beside in (("beside", True), ("waiting", False))}
-    for name, row in rows.items():
-        print(f"{name:10}" + "".join(f"{column} {value}   " for column, value in row.items()))
+    rows: dict[str, dict[str, Any]] = {}
+    for batch in BATCHES:
+        for name, beside in (("beside", True), ("waiting", False)):
+            row = rows.setdefault(f"batch {batch}", {})[name] = measure(beside, batch, rounds)
+            print(f"{batch:4} {name:10}" + "".join(f"{column} {value}   " for column, value in row.items()), flush=True)
     result = {
         "date": str(date.today()),
         "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__},
         "model": "ViT-B-32, EMA teacher, AdamW",
-        "batch": batch,
         "negatives": NEGATIVES,
         "context": CONTEXT,
         "rounds": rounds,

@@ -122,6 +122,7 @@ def clipkit_step(name: str, pixels: Tensor, captions: list[str]) -> Step:
         z = engine.embed(batch)
         z.teacher = teacher.embed(batch)
         engine.backward(objective(z.world(), config.objective)[0])
+        engine.clip()
         engine.update()
         teacher.update(engine.bare)
 

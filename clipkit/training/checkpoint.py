@@ -13,7 +13,7 @@ With `save_form: sharded` each rank writes model-00000-of-00002.safetensors and 
 
 Everything is written into a hidden folder first and renamed when complete, so a killed save, or a power cut, leaves no
 half checkpoint. Nothing is ever unpickled. With `save_async` a thread writes from a copy while training goes on; the
-copy itself is made while the next step's forward pass runs, in which weights, moments and teacher stand still.
+copy itself is made while the next step computes its gradient, as weights, moments and teacher stand still until then.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         self._under_way: tuple[Path, Future[None] | None] | None = None
         """The checkpoint being written, and at ranks that write what writes it."""
+        self._room: dict[str, dict[str, Tensor]] = {}
+        """With `save_async`, of tables and tensors: the copies of the last save, which the next one writes over."""
         self._copied = Event()
         self._copied.set()
         self._meeting: Meeting | None = None
@@ -242,11 +244,12 @@ class Checkpoints:
         tables = parts.tables
         try:
             if self.config.save_async:
-                tables = {name: host_copy(table, parts.ready) for name, table in tables.items()}
+                self._room = {name: host_copy(x, parts.ready, self._room.get(name, {})) for name, x in tables.items()}
+                tables = self._room
         finally:
             self._copied.set()
         for name, table in tables.items():
-            table = table if self.config.save_async else host_copy(table, parts.ready)  # then one at a time
+            table = table if self.config.save_async else host_copy(table, parts.ready, {})  # then one at a time
             if name in parts.layouts:
                 save_pieces(table, parts.layouts[name], partial, name)
             elif name == "model":
@@ -296,18 +299,24 @@ class _Parts:
         """On a GPU: when all that was asked for before is done."""
 
 
-def host_copy(table: dict[str, Tensor], ready: Any) -> dict[str, Tensor]:
-    """Copies on the host that share no storage. On a GPU beside what it computes, from the event `ready` on."""
-    if ready is None:
-        return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in table.items()}
-    beside = torch.cuda.Stream()
-    beside.wait_event(ready)
-    with torch.cuda.stream(beside):
-        copies = {
-            name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
-            for name, x in table.items()
-        }
-    beside.synchronize()
+def host_copy(table: dict[str, Tensor], ready: Any, room: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host that share no storage: in `room`, earlier copies, where it has them (new memory costs more).
+
+    On a GPU beside what it computes, from the event `ready` on.
+    """
+    copies = {}
+    for name, x in table.items():
+        old = room.get(name)
+        fits = old is not None and (old.shape, old.dtype) == (x.shape, x.dtype)
+        copies[name] = old if fits else torch.empty(x.shape, dtype=x.dtype, pin_memory=ready is not None)
+    beside = torch.cuda.Stream() if ready is not None else None
+    if beside:
+        beside.wait_event(ready)
+    with torch.cuda.stream(beside):  # of None: as it is
+        for name, x in table.items():
+            copies[name].copy_(x.detach(), non_blocking=True)
+    if beside:
+        beside.synchronize()
     return copies
 
 

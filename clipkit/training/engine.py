@@ -89,12 +89,8 @@ class Engine:
         self._cache = EmbeddingCache(self._encode, batch.split(self.parts))
         return self._cache.embeddings
 
-    def backward(self, loss: Tensor) -> Tensor:
-        """Backward and clip; then `update` or `skip`. Returns the global gradient norm before clipping, on the device.
-
-        The norm is the same on every rank, and not finite where the loss or any rank's gradient is not. DeepSpeed has
-        then updated already, or has skipped if the norm is not finite.
-        """
+    def backward(self, loss: Tensor) -> None:
+        """Leave the loss's gradient at the weights, which stand still. `clip` is next."""
         loss = loss * (1.0 + (loss.detach() - loss.detach()))  # times 1, or NaN: never a finite gradient of an inf
         if self.scaling:
             loss = loss * self.scaling.value
@@ -111,14 +107,22 @@ class Engine:
             del self._cache
         if self.scaling:
             self.scaling.undo([distributed.part(p.grad) for _, p in self._learning() if p.grad is not None])
-        return self._clipped(self.config.optim.grad_clip or float("inf"))
+
+    def clip(self) -> Tensor:
+        """Clip the gradient; then `update` or `skip`. Returns its global norm from before, on the device.
+
+        The norm is the same on every rank, and not finite where the loss or any rank's gradient is not. DeepSpeed has
+        then updated already, or has skipped if the norm is not finite.
+        """
+        most = self.config.optim.grad_clip or float("inf")
+        return nn.utils.clip_grad_norm_([parameter for _, parameter in self._learning()], most)
 
     def excuses(self, loss: Tensor) -> bool:
         """Whether a gradient that is not finite would be the loss scale's doing, which then halves: not the run's."""
         return self.scaling is not None and self.scaling.value > 1 and bool(torch.isfinite(loss))
 
     def update(self) -> None:
-        """Take the step that `backward` prepared."""
+        """Take the step that `backward` and `clip` prepared."""
         if self.scaling:
             self.scaling.fits()
         self.optimizer.step()
@@ -214,10 +218,6 @@ class Engine:
     def _unsynchronised(self) -> AbstractContextManager[Any]:
         """Around each part but the last: gradients need not be summed over ranks yet."""
         return self.model.no_sync() if self.world > 1 else nullcontext()  # type: ignore[operator]
-
-    def _clipped(self, most: float) -> Tensor:
-        """Clip the gradient to a norm of at most `most`; returns the norm from before."""
-        return nn.utils.clip_grad_norm_([parameter for _, parameter in self._learning()], most)
 
     def _learning(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]

@@ -36,6 +36,10 @@ class ShardingEngine(Engine):
         teacher.to(self.device)
         self._divide(teacher.model)
 
+    def clip(self) -> Tensor:
+        """Clip the gradient; returns its global norm from before, whole on every rank."""
+        return distributed.whole(super().clip())
+
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, each in full, on the CPU. All ranks ask together."""
         return {name: distributed.gathered(x.detach()).cpu() for name, x in self.bare.state_dict().items()}
@@ -79,9 +83,6 @@ class ShardingEngine(Engine):
 
     def _unsynchronised(self) -> AbstractContextManager[Any]:
         return nullcontext()  # gradients of parts are summed in their parts: the memory of whole ones is what it saves
-
-    def _clipped(self, most: float) -> Tensor:
-        return distributed.whole(super()._clipped(most))
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
         value = super()._moment(parameter, key)

@@ -88,8 +88,9 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
                 if teacher:
                     z.teacher = teacher.embed(batch, engine.parts)
             loss, terms = objective(z.world(), at=z if log.due(step + 1) else None)
+            engine.backward(loss)
             checkpoints.settle()
-            norm = engine.backward(loss)
+            norm = engine.clip()
             last, usual = step + 1, guard.usual[0]
             if guard.passes(norm, loss, excused=engine.excuses(loss)):  # one answer on all ranks
                 engine.update()

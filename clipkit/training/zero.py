@@ -35,7 +35,7 @@ class Zero0Engine(Engine):
     """DeepSpeed that divides nothing: DDP with its reductions. The other stages stand on it."""
 
     def update(self) -> None:
-        """Take the step that `backward` prepared."""
+        """Take the step that `backward` and `clip` prepared."""
         self.model.step()  # type: ignore[operator]
 
     def skip(self) -> None:
@@ -72,17 +72,18 @@ class Zero0Engine(Engine):
 class _DividingEngine(Zero0Engine):
     """Stages that have their own step: it clips, and skips where the gradient is not finite."""
 
+    def clip(self) -> Tensor:
+        """Take the step as well, or skip it; returns the gradient's global norm from before clipping."""
+        self.model.step()  # type: ignore[operator]
+        return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
+
     def update(self) -> None:
-        """The step was taken in `backward`."""
+        """The step was taken in `clip`."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def skip(self) -> None:
         """Drop what the batch did to running statistics."""
         Engine.skip(self)
-
-    def _clipped(self, most: float) -> Tensor:
-        self.model.step()  # type: ignore[operator]
-        return torch.as_tensor(self.model.get_global_grad_norm(), device=self.device)  # type: ignore[operator]
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -33,26 +33,25 @@ def config(tree: dict, **settings: Any) -> Config:
 
 
 def test_written_beside_training_are_the_same_bytes(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when copying begins as late as it may: when the next step has run forward, whose batch norms have moved."""
+    """Also when copying begins as late as it may: the next step has its gradient, and its batch norms have moved."""
     tiny_tree["model"] |= {"image": {"conv": [[8, 2], [16, 2]], "size": 16}}
     tiny_tree["objective"] |= {"rank": {}}
     waited = train(config(tiny_tree, name="waited", save_async=False))
-    embedded, copy, embed = Event(), saving.host_copy, Engine.embed
+    computed, copy, backward = Event(), saving.host_copy, Engine.backward
 
     def late(*table: Any) -> Any:
-        embedded.wait(timeout=5)
+        computed.wait(timeout=5)
         return copy(*table)
 
-    def signal(*step: Any) -> Any:
-        z = embed(*step)
-        embedded.set()
-        return z
+    def signal(*step: Any) -> None:
+        backward(*step)
+        computed.set()
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "host_copy", late)
-        patch.setattr(Engine, "embed", signal)
+        patch.setattr(Engine, "backward", signal)
         save = saving.Checkpoints.save
-        patch.setattr(saving.Checkpoints, "save", lambda *step: (embedded.clear(), save(*step)))
+        patch.setattr(saving.Checkpoints, "save", lambda *step: (computed.clear(), save(*step)))
         beside = train(config(tiny_tree, name="beside"))
     assert len(contents(waited)) == 4 * 6 and contents(waited) == contents(beside)
 
@@ -86,8 +85,18 @@ def test_one_that_fails_last_is_told_at_the_end(tiny_tree: dict, monkeypatch: py
 def test_copies_beside_what_a_gpu_computes() -> None:
     x = torch.randn(64, 3, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     ready = torch.cuda.current_stream().record_event()
-    copied = saving.host_copy({"x": x}, ready)["x"]
+    copied = saving.host_copy({"x": x}, ready, {})["x"]
     assert copied.device.type == "cpu" and copied.is_contiguous() and torch.equal(copied, x.cpu())
+
+
+def test_copies_go_where_the_last_ones_were() -> None:
+    """Into their memory where it fits; a table that has grown or changed gets new memory for that."""
+    first = saving.host_copy({"a": torch.zeros(3), "b": torch.zeros(2), "gone": torch.zeros(1)}, None, {})
+    table = {"a": torch.arange(3.0), "b": torch.arange(4.0), "new": torch.ones(2)}
+    second = saving.host_copy(table, None, first)
+    assert second["a"].data_ptr() == first["a"].data_ptr()
+    assert all(torch.equal(second[name], x) and second[name].data_ptr() != x.data_ptr() for name, x in table.items())
+    assert second.keys() == table.keys()
 
 
 def test_the_disk_has_all_before_the_name_says_so(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:

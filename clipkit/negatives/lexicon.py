@@ -36,7 +36,7 @@ class Noun:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One attribute value or action, in one group; `use` is a verb group's use (any, alone, object)."""
+    """One attribute value or action, in one group; `use` is a verb group's use (any, alone, object, a noun group)."""
 
     name: str
     group: str

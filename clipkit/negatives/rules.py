@@ -160,7 +160,8 @@ def replace_verbs(caption: str, rng: Random) -> Rewrites:
         if parsed.tokens[i + 1 : i + 2] and parsed.tokens[i + 1].lower in ("down", "up"):
             continue
         use = "object" if re.match("[DPNCQ]|J+N", parsed.letters[i + 1 :]) else "alone"
-        offers = [o.name for o in draw(rng, lex.verbs.offers(base)) if o.use in (use, "any")]
+        what = next((p.sense.group for p in parsed.phrases if p.start == i + 1 and p.sense), "")
+        offers = [o.name for o in draw(rng, lex.verbs.offers(base)) if o.use in (use, what, "any")]
         texts += [put(parsed, {i: lex.verbs.inflect(name, form)}, caption) for name in offers[:OFFERS]]
     return ordered(rng, texts, reason="no verb with a known alternative")
 

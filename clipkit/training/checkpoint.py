@@ -309,10 +309,10 @@ def host_copy(table: dict[str, Tensor], ready: Any, room: dict[str, Tensor]) -> 
         old = room.get(name)
         fits = old is not None and (old.shape, old.dtype) == (x.shape, x.dtype)
         copies[name] = old if fits else torch.empty(x.shape, dtype=x.dtype, pin_memory=ready is not None)
-    beside = torch.cuda.Stream() if ready is not None else None
+    beside: Any = None if ready is None else torch.cuda.Stream()
     if beside:
         beside.wait_event(ready)
-    with torch.cuda.stream(beside):  # of None: as it is
+    with torch.cuda.stream(beside):  # None: at once
         for name, x in table.items():
             copies[name].copy_(x.detach(), non_blocking=True)
     if beside:

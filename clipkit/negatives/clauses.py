@@ -84,14 +84,14 @@ def swap_verb_phrases(caption: str, rng: Random) -> Rewrites:
 
 @rule()
 def swap_adverbs(caption: str, rng: Random) -> Rewrites:
-    """Two adverbs change places (NegCLIP, arXiv 2210.01936); few captions hold two."""
+    """Two adverbs that say how something is done change places (NegCLIP, arXiv 2210.01936); few captions hold two."""
     lex, parsed = lexicon(), parse(caption)
     places = [i for i, t in enumerate(parsed.tokens) if t.letter == "R" and t.lower.endswith("ly")]
     texts = []
     for i, j in combinations(places, 2):
         left, right = parsed.tokens[i].lower, parsed.tokens[j].lower
         between = set(parsed.letters[i + 1 : j])
-        if left != right and between & set("VGNJ") and not {left, right} & lex.letters.keys():
+        if left != right and between & set("VGNJ") and not {left, right} & (lex.letters.keys() | lex.no_manners):
             texts.append(put(parsed, {i: right, j: left}, caption))
     return ordered(rng, texts, reason="no two adverbs")
 

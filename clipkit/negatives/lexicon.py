@@ -263,6 +263,11 @@ class Lexicon:
         return frozenset(words(self.tree["relations"]["postures"]))
 
     @cached_property
+    def no_manners(self) -> frozenset[str]:
+        """Adverbs that do not say how something is done."""
+        return frozenset(words(self.tree["relations"]["no manners"]))
+
+    @cached_property
     def noun_attributes(self) -> frozenset[str]:
         """Attribute words that also stand before a noun as nouns (a metal pole)."""
         groups = self.tree["attributes"]["groups"]

@@ -32,7 +32,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.say(404, {"error": {"message": "nothing here"}})
             return
         self.asked = json.loads(body)
-        text = self.asked["messages"][-1]["content"]
+        content = self.asked["messages"][-1]["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
         caption = json.loads(text.rpartition("Caption: ")[2])
         kind = re.findall(r'"kind": "(\w+)"', text)[0]
         question = self.question = caption, kind

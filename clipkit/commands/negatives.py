@@ -77,6 +77,12 @@ def ask(
             "short_description, long_negative, short_negative, tags, false_tags (HQ-CLIP).",
         ),
     ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            min=28, metavar="PIXELS", help="Show the picture, too, at most so long; HQ-CLIP's way. With --url."
+        ),
+    ] = None,
     per_kind: Annotated[int, typer.Option(min=1, metavar="N", help="Texts of each kind a caption.")] = 1,
     seed: Seed = 0,
     limit: Annotated[
@@ -112,8 +118,9 @@ def ask(
 
     free = {name: _json(value) for name, value in pairs(settings, "--set").items()}
     wish = llm.Wish(
-        model, words(kinds) or llm.KINDS, per_kind=per_kind, seed=seed, settings=free, folder=prompts, limit=limit
-    )
+        model, words(kinds) or llm.KINDS, per_kind=per_kind, seed=seed, settings=free, folder=prompts, limit=limit,
+        pictures=pictures or 0,
+    )  # fmt: skip
     if estimate:
         _print_costs(llm.estimate(shards, out, wish, answers), prices, json_path)
         return

@@ -18,10 +18,11 @@ from clipkit.errors import UserError
 
 
 class Question(NamedTuple):
-    """One caption, and what it is to become."""
+    """One caption, and what it is to become; `picture` is the mark of one that is shown beside it (album.py)."""
 
     caption: str
     kind: str
+    picture: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Order:
         return {
             "caption": question.caption,
             "kind": question.kind,
+            "picture": question.picture,
             "prompt": self.prompts[question.kind],
             "model": self.model,
             "seed": self.seed,
@@ -137,8 +139,11 @@ class Answers:
         self.tokens.setdefault(of, Counter()).update({"answers": 1, "in": tokens_in, "out": tokens_out})
 
 
+_ASKED = ("caption", "kind", "picture", "prompt", "model", "seed", "count", "settings")
+
+
 def _key(fields: dict[str, Any]) -> bytes:
-    asked = [fields[name] for name in ("caption", "kind", "prompt", "model", "seed", "count", "settings")]
+    asked = [fields[name] for name in _ASKED]
     return blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
 
 

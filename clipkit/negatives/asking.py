@@ -11,8 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Protocol
 
+from clipkit.data.members import Unreadable
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
+from clipkit.negatives.album import Album
 from clipkit.negatives.answers import Answer, Answers, Order, Question
 from clipkit.negatives.chat import Fault, Rejected, Reply, read_texts
 from clipkit.negatives.filters import Case, reason_to_drop
@@ -35,7 +37,7 @@ class Answering(Protocol):
     @property
     def url(self) -> str: ...
 
-    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int) -> Reply: ...
+    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int, picture: str = "") -> Reply: ...
 
 
 class Halted(Exception):
@@ -84,11 +86,12 @@ class Asker:
         order: Order,
         prompts: dict[str, Prompt],
         answers: Answers,
+        album: Album | None = None,
         *,
         concurrency: int,
         per_minute: float,
     ):
-        self.chat, self.order, self.prompts, self.answers = chat, order, prompts, answers
+        self.chat, self.order, self.prompts, self.answers, self.album = chat, order, prompts, answers, album
         self.concurrency, self.pace = concurrency, Pace(per_minute)
         self.again: Counter[str] = Counter()
         """Attempts that were made again, by reason."""
@@ -158,9 +161,13 @@ class Asker:
         """Ask until an answer holds. Raises Transient, Rejected or Halted where none came."""
         tokens, reason, max_tokens = (0, 0), "", 100 + 100 * self.order.count
         text = self.prompts[question.kind].text(question.caption, self.order.count, self.order.seed)
+        try:
+            picture = self.album.url(question.picture) if self.album else ""
+        except Unreadable as error:
+            return Answer((), str(error).partition(":")[0])
         for number in range(ANSWERS):
             try:
-                reply = self._reached(text, question.kind, self.order.seed + number, max_tokens)
+                reply = self._reached(text, question.kind, self.order.seed + number, max_tokens, picture)
                 tokens = tokens[0] + reply.tokens[0], tokens[1] + reply.tokens[1]
                 if reply.fault:
                     raise reply.fault
@@ -177,18 +184,18 @@ class Asker:
 
     def _held(self, texts: tuple[str, ...], question: Question) -> tuple[str, ...]:
         """All texts, if any passes the filters. Raises Fault."""
-        reasons = [reason_to_drop(Case(text, *question)) for text in texts]
+        reasons = [reason_to_drop(Case(text, question.caption, question.kind)) for text in texts]
         if all(reasons):
             raise Fault(reasons[0])
         return texts
 
-    def _reached(self, text: str, kind: str, seed: int, max_tokens: int) -> Reply:
+    def _reached(self, text: str, kind: str, seed: int, max_tokens: int, picture: str) -> Reply:
         """One reply, through whatever trouble may pass. Raises Transient after TRIES."""
         trouble = Transient("not asked")
         for number in range(TRIES):
             self.pace.take()
             try:
-                return self.chat.ask(text, kind, seed=seed, max_tokens=max_tokens)
+                return self.chat.ask(text, kind, seed=seed, max_tokens=max_tokens, picture=picture)
             except Transient as error:
                 trouble = error
             if trouble.wait_s:

@@ -53,11 +53,15 @@ class Chat:
     timeout_s: float = 120.0
     connections: int = web.MAX_IDLE
 
-    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int) -> Reply:
-        """One attempt. Raises Transient, Rejected, Fault, and UserError for what no further caption would change."""
+    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int, picture: str = "") -> Reply:
+        """One attempt; `picture` is a URL. Raises Transient, Rejected, Fault, and UserError for what no further caption
+        would change.
+        """
+        # The picture last: a server that keeps prefixes reads the rest once.
+        seen = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": picture}}]
         ours = {
             "model": self.model,
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": seen if picture else text}],
             "temperature": 0.7,
             "max_tokens": max_tokens,
             "seed": seed,

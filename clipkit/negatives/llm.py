@@ -22,7 +22,8 @@ from clipkit.data.build import tracked
 from clipkit.data.members import Sheet, plain, read_sheet
 from clipkit.data.shards import Shard, expand
 from clipkit.errors import UserError
-from clipkit.negatives.answers import Answer, Answers, Order, Question
+from clipkit.negatives.album import Album
+from clipkit.negatives.answers import Answers, Order, Question
 from clipkit.negatives.asking import Asker
 from clipkit.negatives.chat import Chat
 from clipkit.negatives.filters import Case, content, keep, mark_of, reason_to_drop
@@ -100,7 +101,8 @@ class Wish:
     """What is asked for. Raises UserError for an unknown kind, a paraphrase of none, and a setting that is not free.
 
     `per_kind` texts of each kind for every caption, or for the first `limit`; `settings` are added to requests;
-    KIND.yaml in `folder` replaces a packaged prompt.
+    KIND.yaml in `folder` replaces a packaged prompt. `pictures`: the model sees the picture, too, of so many pixels on
+    its longer side at most (0: it does not), and a caption of two pictures is two questions.
     """
 
     def __init__(
@@ -113,23 +115,28 @@ class Wish:
         settings: dict[str, Any] | None = None,
         folder: str | Path | None = None,
         limit: int | None = None,
+        pictures: int = 0,
     ):
         if AGAIN in kinds and PARAPHRASE not in kinds:
             raise UserError(f"{AGAIN}: asks about what {PARAPHRASE} gave; name both")
         for name in (settings or {}).keys() & set(OURS):
             if name != "response_format" or (settings or {})[name] is not None:
                 raise UserError(f"{name}: is not to be set; only response_format=null leaves that out")
-        self.kinds, self.limit = tuple(dict.fromkeys(kinds)), limit
+        self.kinds, self.limit, self.pictures = tuple(dict.fromkeys(kinds)), limit, pictures
         self.direct = tuple(kind for kind in self.kinds if kind != AGAIN)
-        self.prompts: dict[str, Prompt] = load_prompts(self.direct, folder)
+        self.prompts: dict[str, Prompt] = load_prompts(self.direct, folder, pictured=pictures > 0)
         marks = {kind: prompt.mark for kind, prompt in self.prompts.items()}
         self.order = Order(model, per_kind, seed, marks, settings or {})
 
-    def questions(self, shards: str | Path | Sequence[str | Path]) -> Iterator[Question]:
+    def album(self, shards: str | Path | Sequence[str | Path]) -> Album | None:
+        """The pictures to be shown, if any are."""
+        return Album(shards, self.pictures) if self.pictures else None
+
+    def questions(self, shards: str | Path | Sequence[str | Path], album: Album | None = None) -> Iterator[Question]:
         """About every caption, each once."""
-        captions = dict.fromkeys(caption for caption in captions_of(shards) if caption)
-        for caption in islice(captions, self.limit):
-            yield from (Question(caption, kind) for kind in self.direct)
+        pairs = album.pairs() if album else ((caption, "") for caption in captions_of(shards))
+        for caption, picture in islice(dict.fromkeys(pair for pair in pairs if pair[0]), self.limit):
+            yield from (Question(caption, kind, picture) for kind in self.direct)
 
     def further(self, questions: Iterable[Question], answers: Answers) -> Iterator[Question]:
         """About the paraphrases that came."""
@@ -138,8 +145,8 @@ class Wish:
         for question in questions:
             found = answers.get(self.order.fields(question)) if question.kind == PARAPHRASE else None
             for text in found.texts if found else ():
-                if not reason_to_drop(Case(text, *question)):
-                    yield Question(text, PARAPHRASE)
+                if not reason_to_drop(Case(text, question.caption, question.kind)):
+                    yield question._replace(caption=text)
 
 
 def ask(
@@ -159,17 +166,17 @@ def ask(
     Answers are kept in `file` (out/answers.jsonl) and never asked for again: a call that was ended goes on where it
     was. Negatives go beside those of other sources, paraphrases behind the captions, with `caption_kinds`. Shards that
     would become the same are kept. Without `url` the model is one of transformers, run here, `concurrency` prompts at
-    once. Raises UserError for what `expand` refuses, for a server or model of no use, and for a file that another call
-    has open.
+    once, and sees no pictures. Raises UserError for what `expand` refuses, for a server or model of no use, and for a
+    file that another call has open.
     """
     folder, started = Path(out), time.perf_counter()
     paths = expand(shards)
     check_places(paths, folder)
     chat = _chat(wish, url, timeout_s, concurrency)
-    total = Asked()
+    total, album = Asked(), wish.album(shards)
     with Answers(file or folder / FILE) as answers:
-        asker = Asker(chat, wish.order, wish.prompts, answers, concurrency=concurrency, per_minute=per_minute)
-        questions = list(wish.questions(shards))
+        asker = Asker(chat, wish.order, wish.prompts, answers, album, concurrency=concurrency, per_minute=per_minute)
+        questions = list(wish.questions(shards, album))
         for number, some in enumerate((questions, wish.further(questions, answers))):
             wanted = list(dict.fromkeys(some))
             open_ = [question for question in wanted if wish.order.fields(question) not in answers]
@@ -181,7 +188,7 @@ def ask(
         total.again, total.failed, total.unanswered = asker.again, asker.failed, asker.unanswered
         total.tokens_in, total.tokens_out = asker.tokens
         for path in paths:
-            _write(path, folder / path.name, wish, answers, total)
+            _write(path, folder / path.name, wish, answers, album, total)
     total.seconds = time.perf_counter() - started
     return total
 
@@ -189,6 +196,10 @@ def ask(
 def _chat(wish: Wish, url: str | None, timeout_s: float, concurrency: int) -> Chat | LocalChat:
     if url is not None:
         return Chat(url, wish.order.model, _key(), wish.order.settings, timeout_s, concurrency)
+    if wish.pictures:
+        raise UserError(
+            "--pictures: a model that is run here sees none; name a server that shows them to its model, --url"
+        )
     from clipkit.negatives.local import LocalChat
 
     return LocalChat.load(wish.order.model, wish.order.settings, concurrency)
@@ -197,14 +208,16 @@ def _chat(wish: Wish, url: str | None, timeout_s: float, concurrency: int) -> Ch
 def estimate(shards: str | Path | Sequence[str | Path], out: str | Path, wish: Wish, file: Any = None) -> list[Cost]:
     """What `ask` would still cost; nothing is asked."""
     characters: dict[str, list[int]] = {kind: [0, 0, 0] for kind in wish.direct}
+    album = wish.album(shards)
+    seen = round(album.tokens * CHARACTERS) if album else 0
     with Answers(file or Path(out) / FILE, write=False) as answers:
-        for question in wish.questions(shards):
+        for question in wish.questions(shards, album):
             if wish.order.fields(question) in answers:
                 continue
             prompt, order = wish.prompts[question.kind], wish.order
             sums = characters[question.kind]
             sums[0] += 1
-            sums[1] += len(prompt.text(question.caption, order.count, order.seed))
+            sums[1] += len(prompt.text(question.caption, order.count, order.seed)) + seen
             sums[2] += len(answer(question.kind, [question.caption] * order.count))
         costs = [_cost(kind, sums, wish.order, answers) for kind, sums in characters.items()]
     if AGAIN in wish.kinds:
@@ -243,12 +256,12 @@ def _told(items: Iterable[Question], what: str, total: int, progress: bool) -> I
             print(f"{what}: {number} of {total}, {rate:.1f} a second, {left:.0f} minutes left", file=sys.stderr)
 
 
-def _write(source: Shard, target: Path, wish: Wish, answers: Answers, total: Asked) -> None:
+def _write(source: Shard, target: Path, wish: Wish, answers: Answers, album: Album | None, total: Asked) -> None:
     """Write one shard, unless it would be as it is; count it."""
     order = wish.order
     stamp = {
         "kinds": list(wish.kinds),
-        "order": [order.model, order.count, order.seed, order.prompts, order.settings],
+        "order": [order.model, order.count, order.seed, order.prompts, order.settings, wish.pictures],
         "answers": [str(answers.path.resolve()), answers.size],
         "rules": rules_mark(),
     }
@@ -258,7 +271,7 @@ def _write(source: Shard, target: Path, wish: Wish, answers: Answers, total: Ask
         total.kept_shards += 1
         return
     report = Report(shards=1)
-    writer = _Writer(wish, answers, report)
+    writer = _Writer(wish, answers, album, report)
     rewrite(source, target, writer.sheet)
     finish(target, stamp | sizes(source, target), report)
     total.add(report)
@@ -267,13 +280,15 @@ def _write(source: Shard, target: Path, wish: Wish, answers: Answers, total: Ask
 class _Writer:
     """Puts answers into sheets."""
 
-    def __init__(self, wish: Wish, answers: Answers, report: Report):
-        self.wish, self.answers, self.report = wish, answers, report
+    def __init__(self, wish: Wish, answers: Answers, album: Album | None, report: Report):
+        self.wish, self.answers, self.album, self.report = wish, answers, album, report
+        self._picture = ""
         self._tag_kinds = [kind for kind in wish.direct if kind in TAG_KINDS]
 
     def sheet(self, members: dict[str, bytes]) -> bytes:
         """KEY.json with what was written about every caption."""
         sheet = read_sheet(members)
+        self._picture = self.album.mark(members) if self.album else ""
         record = json.loads(members["json"]) if "json" in members else {}
         negatives, captions, kinds = [], list(sheet.captions), list(sheet.caption_kinds)
         relevance = list(sheet.relevance)
@@ -316,7 +331,7 @@ class _Writer:
             }
             for kind in self.wish.direct
             if kind not in CAPTION_KINDS and kind not in TAG_KINDS
-            for text in self._kept(Question(caption, kind), kind, siblings, taken)
+            for text in self._kept(caption, kind, kind, siblings, taken)
         ]
 
     def _captions(self, caption: str, captions: list[str]) -> Iterator[tuple[str, str]]:
@@ -324,29 +339,28 @@ class _Writer:
         taken = {mark_of(known) for known in captions}
         for kind in self.wish.direct:
             if kind in CAPTION_KINDS and kind != PARAPHRASE:
-                for text in self._kept(Question(caption, kind), kind, (), taken):
+                for text in self._kept(caption, kind, kind, (), taken):
                     yield text, CAPTION_KINDS[kind]
         if PARAPHRASE not in self.wish.kinds:
             return
-        for once in self._kept(Question(caption, PARAPHRASE), PARAPHRASE, (), taken):
+        for once in self._kept(caption, PARAPHRASE, PARAPHRASE, (), taken):
             yield once, CAPTION_KINDS[PARAPHRASE]
             if AGAIN in self.wish.kinds:
-                for twice in self._kept(Question(once, PARAPHRASE), AGAIN, (), taken):
+                for twice in self._kept(once, PARAPHRASE, AGAIN, (), taken):
                     yield twice, CAPTION_KINDS[AGAIN]
 
     def _tags(self, caption: str, kind: str) -> list[str]:
         """The tags of the texts, which are lists; no false one that the caption says."""
         said = content(caption) if kind == "false_tags" else frozenset()
-        texts = self._kept(Question(caption, kind), kind, (), set())
+        texts = self._kept(caption, kind, kind, (), set())
         tags = dict.fromkeys(plain(tag).strip(" .") for text in texts for tag in text.split(","))
         return [tag for tag in tags if tag and not (said and content(tag) <= said)]
 
-    def _kept(self, question: Question, name: str, siblings: Sequence[str], taken: set[str]) -> list[str]:
+    def _kept(self, caption: str, kind: str, name: str, siblings: Sequence[str], taken: set[str]) -> list[str]:
         """The texts of an answer that are fit for this picture, counted under `name`."""
-        found: Answer | None = self.answers.get(self.wish.order.fields(question))
+        found = self.answers.get(self.wish.order.fields(Question(caption, kind, self._picture)))
         drops = self.report.drops.setdefault(name, Counter())
         candidates, limit = found.texts if found else (), self.wish.order.count
-        caption, kind = question
         texts = keep(candidates, caption, kind, limit=limit, siblings=siblings, taken=taken, drops=drops)
         if texts:
             self.report.kinds[name] += len(texts)

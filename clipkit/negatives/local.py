@@ -65,8 +65,9 @@ class LocalChat:
             model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, settings, name=name, batch=batch
         )
 
-    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int) -> Reply:
+    def ask(self, text: str, kind: str, *, seed: int, max_tokens: int, picture: str = "") -> Reply:
         """One answer; `kind` stands in the text. Raises what generating raised."""
+        assert not picture, "llm.ask refuses pictures for a model that is run here"
         request = _Request(text, seed, int(self._limit or max_tokens))
         with self._lock:
             self._waiting.append(request)

@@ -19,7 +19,8 @@ from clipkit.errors import UserError, did_you_mean
 SHOTS = 5
 """Examples a prompt, as DeGLA's (arXiv 2504.16801)."""
 FRAME = "frame.yaml"
-"""What the prompts of kinds have in common, unless a kind's `frame` names another: frame_NAME.yaml."""
+"""What the prompts of kinds have in common, unless a kind's `frame` names another: frame_NAME.yaml. Where a picture is
+shown, it is frame_pictured.yaml, or frame_NAME_pictured.yaml."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ def answer(kind: str, texts: Sequence[str]) -> str:
     return json.dumps({"kind": kind, "texts": list(texts)}, ensure_ascii=False)
 
 
-def load_prompts(kinds: Sequence[str], folder: str | Path | None = None) -> dict[str, Prompt]:
+def load_prompts(
+    kinds: Sequence[str], folder: str | Path | None = None, *, pictured: bool = False
+) -> dict[str, Prompt]:
     """The prompts of these kinds: KIND.yaml in `folder` where it lies there, else the packaged one.
 
-    Raises UserError for an unknown kind and for a file that is no prompt.
+    `pictured`: to be sent with a picture. Raises UserError for an unknown kind and for a file that is no prompt.
     """
     packaged = resources.files("clipkit.negatives") / "data" / "prompts"
     if folder is not None and not Path(folder).is_dir():
@@ -68,13 +71,15 @@ def load_prompts(kinds: Sequence[str], folder: str | Path | None = None) -> dict
         if kind not in known:
             raise UserError(f"{kind}: no prompt for this kind{did_you_mean(kind, known)}")
     frames = {name: file.read_bytes() for name, file in files.items() if name.startswith("frame")}
-    return {kind: _read(kind, files[f"{kind}.yaml"].read_bytes(), frames, str(files[f"{kind}.yaml"])) for kind in kinds}
+    chosen = {kind: files[f"{kind}.yaml"] for kind in kinds}
+    return {kind: _read(kind, file.read_bytes(), frames, str(file), pictured) for kind, file in chosen.items()}
 
 
-def _read(kind: str, data: bytes, frames: dict[str, bytes], where: str) -> Prompt:
+def _read(kind: str, data: bytes, frames: dict[str, bytes], where: str, pictured: bool) -> Prompt:
     try:
         own = yaml.safe_load(data)
-        frame = frames[f"frame_{own['frame']}.yaml" if "frame" in own else FRAME]
+        name = f"frame_{own['frame']}.yaml" if "frame" in own else FRAME
+        frame = frames[name.replace(".yaml", "_pictured.yaml") if pictured else name]
         common = yaml.safe_load(frame)
         examples = tuple((_text(e["caption"]), tuple(map(_text, e["texts"]))) for e in own["examples"])
         digest = blake2b(data + frame, digest_size=4).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from clipkit.data.build import Sample, write_shard
 from clipkit.data.shards import Index
@@ -104,6 +107,48 @@ def test_descriptions_and_tags_go_where_they_belong(shards: Path, tmp_path: Path
     assert second["false_tags"] == ["cat", "dog", "girls", "snow"] and report.kinds["tags"] == 3
     text = server.requests[0]["messages"][0]["content"]
     assert text.startswith("You write about pictures") and "exactly 1 in texts" in text
+
+
+def picture(size: tuple[int, int], kind: str, colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shown(request: dict[str, Any]) -> tuple[str, bytes]:
+    """(mime type, bytes) of the picture in a request, and the caption stands before it."""
+    text, image = request["messages"][0]["content"]
+    assert text["type"] == "text" and text["text"].endswith('"a dog"') and image["type"] == "image_url"
+    head, _, data = image["image_url"]["url"].partition(";base64,")
+    return head, base64.b64decode(data)
+
+
+def test_pictures_are_shown_beside_their_captions(tmp_path: Path, server: ChatServer) -> None:
+    """Large ones smaller, others as they are; a caption of two pictures is asked about with each."""
+    small, large = picture((40, 30), "PNG", "red"), picture((400, 200), "JPEG", "blue")
+    samples = [Sample("a", small, "png", ["a dog"]), Sample("b", large, "jpg", ["a dog"])]
+    samples += [Sample("c", small, "png", ["a dog"]), Sample("d", b"\xff\xd8", "jpg", ["a cat"])]
+    write_shard(samples, tmp_path / "s.tar")
+    server.fault = lambda handler, *_: handler.complete(
+        {"kind": "short_negative", "texts": [f"a cat {len(shown(handler.asked)[1])}"]}
+    ) or True  # fmt: skip
+    wish = Wish("m", ["short_negative"], pictures=56)
+    report = asked(tmp_path / "s.tar", tmp_path / "out", server, wish)
+    assert report.asked == 3 and report.failed == {"unreadable picture": 1}
+    (kind, data), (other, sent) = sorted(map(shown, server.requests), reverse=True)
+    assert kind == "data:image/png" and data == small
+    assert other == "data:image/jpeg" and Image.open(io.BytesIO(sent)).size == (56, 28)
+    texts = [[n["text"] for n in sheet["negatives"][0]] for sheet in sheets(tmp_path / "out" / "s.tar")]
+    assert texts == [[f"a cat {len(small)}"], [f"a cat {len(sent)}"], [f"a cat {len(small)}"], []]
+    assert "shown to you" in server.requests[0]["messages"][0]["content"][0]["text"]
+
+    again = asked(tmp_path / "s.tar", tmp_path / "out", server, wish)
+    assert (again.asked, again.known, again.kept_shards) == (0, 3, 1)
+    smaller = Wish("m", ["short_negative"], pictures=28)
+    without = Wish("m", ["short_negative"])
+    costs = [estimate(tmp_path / "s.tar", tmp_path / "out", w)[0] for w in (wish, smaller, without)]
+    assert [cost.requests for cost in costs] == [0, 3, 2]
+    assert costs[1].tokens_in / 3 > costs[2].tokens_in / 2
 
 
 def test_a_prompt_names_its_version_and_shows_its_caption_last(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_nonsense_is_kept_with_its_reason_and_not_asked_again(folder: Path, tmp_
     answer = json.loads(kept)
     assert answer["texts"] == [] and answer["failed"] and answer["failed"] in first.out
     assert run(*call).status == 0 and (tmp_path / "out" / "answers.jsonl").read_text() == kept
+    assert "sees none" in wrong(*call, "--pictures", "224")
     assert "either --url URL" in wrong(*call, "--url", "http://localhost:1/v1")
     assert "either --url URL" in wrong(*call[:-5], "--kinds", "swap_nouns")
 

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 import clipkit
 from clipkit.commands import data, evaluation, export, hardness, launch, negatives, planning, probes, runs
+from clipkit.commands.output import says_first
 from clipkit.errors import PeerFailed, Stopped, UserError
 
 
@@ -26,7 +27,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            print(error, file=sys.stderr)
+            if says_first(str(error)):
+                print(error, file=sys.stderr)
             raise typer.Exit(2) from None
         except (Stopped, PeerFailed) as ended:
             print(ended, file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def print_tables(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[An
         if number and not sys.stdout.isatty():
             print()
         print_table(columns, rows, title)
+
+
+def says_first(text: str) -> bool:
+    """Whether no other rank on this machine has said the same.
+
+    A mistake in the config is found by all of them at once, before they have met. torchrun gives each a place for its
+    error, in a folder that it removes in the end.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    said = Path(own).parent.parent / f"said_{blake2b(text.encode(errors='replace'), digest_size=8).hexdigest()}"
+    try:
+        if own:
+            said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder: better twice than not at all
+        pass
+    return True
 
 
 def _sayable(value: Any) -> str:

@@ -15,6 +15,7 @@ import pytest
 import clipkit
 from clipkit import agent
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 ENDS = """
 import os, pathlib, signal, sys, time
 rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[2])
@@ -71,3 +72,11 @@ def test_an_agent_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in said
+
+
+def test_what_all_ranks_find_wrong_is_said_once() -> None:
+    """Before they have met: a misspelt setting."""
+    command = ["bash", str(LAUNCH / "local.sh"), "-n", "3", "debug", "data.negativs=2"]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("did you mean negatives") == 1, done.stderr

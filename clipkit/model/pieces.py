@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,33 +58,57 @@ def save_pieces(values: dict[str, Tensor], layout: Layout, folder: Path, name: s
     write_table(held, file, metadata={"pieces": json.dumps({key: layout[key] for key in sorted(held)})})
 
 
-def load_table(folder: Path, name: str) -> dict[str, Tensor]:
+def load_table(folder: Path, name: str) -> Mapping[str, Tensor]:
     """The table `name` of a checkpoint, whole: from its one file or put together; empty where it has none.
 
-    Raises UserError where a piece is missing.
+    Tensors are read when they are asked for. Raises UserError where a piece is missing.
     """
     whole = folder / f"{name}.safetensors"
     if whole.is_file():
-        return load_file(whole)
+        return load_file(whole)  # mapped into memory
     files = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
     if files and (lost := _missing(files)):
         raise UserError(f"{folder}: {lost} is not there, a part of {name}; copy it again, or use another checkpoint")
-    table: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    found: dict[str, int] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as pieces:
-            layout = json.loads(pieces.metadata()["pieces"])
-            for key, (start, shape) in layout.items():
-                values = pieces.get_tensor(key)
-                flat = table.setdefault(key, torch.empty(torch.Size(shape).numel(), dtype=values.dtype))
-                flat[start : start + values.numel()] = values
-                found[key] = found.get(key, 0) + values.numel()
-                shapes[key] = shape
-    for key, flat in table.items():
-        if found[key] != flat.numel():
-            raise UserError(f"{folder}: of {name}'s {key} {found[key]:,} of {flat.numel():,} numbers are there")
-    return {key: flat.view(shapes[key]) for key, flat in table.items()}
+    return Assembled(files)
+
+
+class Assembled(Mapping[str, Tensor]):
+    """Tensors put together from the files of all ranks, each anew when it is asked for: none is kept.
+
+    Raises UserError where numbers of one are in no file.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self._shapes: dict[str, list[int]] = {}
+        self._pieces: dict[str, list[tuple[Any, int]]] = {}
+        found: dict[str, int] = {}
+        for path in files:
+            file = safe_open(path, framework="pt")
+            for key, (start, shape) in json.loads(file.metadata()["pieces"]).items():
+                self._shapes[key] = shape
+                self._pieces.setdefault(key, []).append((file, start))
+                found[key] = found.get(key, 0) + file.get_slice(key).get_shape()[0]
+        for key, shape in self._shapes.items():
+            if found[key] != (total := torch.Size(shape).numel()):
+                where = files[0].parent
+                raise UserError(f"{where}: of {_table(files)}'s {key} {found[key]:,} of {total:,} numbers are there")
+
+    def __getitem__(self, key: str) -> Tensor:
+        pieces = [(file.get_tensor(key), start) for file, start in self._pieces[key]]
+        flat = torch.empty(torch.Size(self._shapes[key]).numel(), dtype=pieces[0][0].dtype)
+        for values, start in pieces:
+            flat[start : start + values.numel()] = values
+        return flat.view(self._shapes[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _table(files: Sequence[Path]) -> str:
+    return files[0].name.split("-")[0]
 
 
 def _missing(files: list[Path]) -> str:

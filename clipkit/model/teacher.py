@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,7 @@ class Teacher:
         return {name: share(tensors[name].detach()) for name in self._own}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave. Raises UserError when it belongs to another architecture."""
         tensors = self._tensors(self.model)
         if state.keys() != set(self._own) or any(tensors[name].shape != value.shape for name, value in state.items()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import UserError
@@ -37,19 +39,20 @@ def weights_into(model: DualEncoder, path: str | Path) -> None:
     there = read_model_json(folder)["spec"]
     problems = differing_settings(there, model.spec)
     new = ("text_tower.",) if adapts_text(there, model.spec) else ()
-    own = model.state_dict()
-    kept = {name: value for name, value in own.items() if name == "bias" or name.startswith(("heads.", *new))}
-    stored = load_table(folder, Path(WEIGHTS).stem)
-    state = {name: x for name, x in stored.items() if not new or not name.startswith(new)}
-    state = kept | {name: value for name, value in state.items() if name in own or not name.startswith(OPTIONAL)}
-    for name in sorted(own.keys() | state.keys()):
-        there, here = (list(table[name].shape) if name in table else "missing" for table in (state, own))
+    own, stored = model.state_dict(), load_table(folder, Path(WEIGHTS).stem)
+    kept = [name for name in own if name == "bias" or name.startswith(("heads.", *new))]
+    taken = [name for name in stored if not name.startswith(new) and (name in own or not name.startswith(OPTIONAL))]
+    # Where each is read, one at a time: a checkpoint in pieces need not fit into memory whole.
+    source: dict[str, Mapping[str, Tensor]] = dict.fromkeys(kept, own) | dict.fromkeys(taken, stored)
+    for name in sorted(own.keys() | source.keys()):
+        there = list(source[name][name].shape) if name in source else "missing"
+        here = list(own[name].shape) if name in own else "missing"
         if there != here:
             problems.append(f"tensor {name}: {there} there, {here} here")
     if problems:
         raise another_architecture(folder, problems)
     for name, tensor in own.items():
-        distributed.fill(tensor, state[name])
+        distributed.fill(tensor, source[name][name])
 
 
 def mean_of_weights(parts: Iterable[tuple[str, float, DualEncoder]]) -> DualEncoder:

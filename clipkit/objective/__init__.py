@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,7 @@ class Objective:
             for key, value in term.state().items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave. Raises UserError when it belongs to terms that are not here."""
         stateful = self._stateful()
         lost = {name.partition(".")[0] for name in state} - stateful.keys()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,7 +361,7 @@ def _state(path: Path) -> dict[str, Any]:
     return {"guard": {"updates": state["step"], "skipped": 0, "streak": 0, "returned_to": None}} | state
 
 
-def _read_moments(path: Path, kind: str) -> dict[str, Tensor]:
+def _read_moments(path: Path, kind: str) -> Mapping[str, Tensor]:
     """The saved moments by name. Raises UserError when another kind of optimizer wrote them."""
     moments = load_table(path, "optimizer")
     found = sorted({name.partition(".")[0] for name in moments})

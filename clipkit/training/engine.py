@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -172,7 +173,7 @@ class Engine:
         found = [(f"{key}.{name}", self._moment_piece(p, key)) for name, p in self._learning() for key in self._kept]
         return {name: piece for name, piece in found if piece}
 
-    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+    def load_moments(self, moments: Mapping[str, Tensor], updates: int) -> None:
         """Put back what `moments` gave after so many updates."""
         for name, parameter in self._learning():
             if f"exp_avg.{name}" in moments:

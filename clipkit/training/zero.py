@@ -6,7 +6,7 @@ compiles an unused shared-memory op on CPU and looks for MPI when no process gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class _DividingEngine(Zero0Engine):
 class Zero12Engine(_DividingEngine):
     """Moments (stage 1), and gradients as well (stage 2), divided among ranks."""
 
-    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+    def load_moments(self, moments: Mapping[str, Tensor], updates: int) -> None:
         """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -164,7 +164,7 @@ class Zero3Engine(_DividingEngine):
         with self._gathered(modifier_rank=0):
             super().load_weights(checkpoint)
 
-    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+    def load_moments(self, moments: Mapping[str, Tensor], updates: int) -> None:
         """Write full moments and fp32 masters into this rank's part of ZeRO's flat groups."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -60,6 +60,7 @@ def test_pieces_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert found.keys() == whole.keys() - {"none"}
     assert all(torch.equal(x, whole[name]) and x.dtype == whole[name].dtype for name, x in found.items())
     assert load_table(tmp_path, "teacher") == {}
+    assert found["matrix"].data_ptr() != found["matrix"].data_ptr()  # put together when asked for, not kept
     if world > 1:
         (tmp_path / f"model-00001-of-{world:05d}.safetensors").unlink()
         with pytest.raises(UserError, match=f"model-00001-of-{world:05d}.safetensors is not there, a part of model"):

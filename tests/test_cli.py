@@ -18,9 +18,7 @@ from PIL import Image
 import clipkit
 from clipkit import cli
 from clipkit import config as configuration
-from clipkit.commands import arguments, output
 from clipkit.commands.tables import check_tables
-from clipkit.errors import UserError
 from tests.typed import run, well, wrong
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -489,31 +487,3 @@ def test_bench_convert_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert "did you mean sugarcrepe?" in wrong("bench", "convert", "sugarcrep", tmp_path, "--out", tmp_path)
     message = wrong("bench", "convert", "flickr8k_order", tmp_path, "--out", tmp_path, "--set", "seed=many")
     assert 'seed: should be a whole number, got "many"' in message
-
-
-# pieces
-
-
-def test_pairs_are_split_at_the_first_equals_sign() -> None:
-    assert arguments.pairs(["a=b=c", "*=d"], "--root") == {"a": "b=c", "*": "d"}
-    assert arguments.pairs(None, "--root") == {}
-    with pytest.raises(UserError, match="--root x=: is written NAME=VALUE"):
-        arguments.pairs(["x="], "--root")
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "x.json"
-    output.write_json({"a": "ü"}, str(path))
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü"}
-    with pytest.raises(TypeError):
-        output.write_json({"a": object()}, str(path))
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
-
-
-def test_a_table_on_a_terminal_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_table(["name", "n"], [["a[b]", 1]])
-    assert capsys.readouterr().out == "name\tn\na[b]\t1\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    output.print_table(["name", "n"], [["a[b]", 1]], "Title")
-    shown = capsys.readouterr().out
-    assert "Title" in shown and "a[b]" in shown and "\t" not in shown

@@ -6,13 +6,40 @@ has saved (`guard.requeue_code`) from one that failed, or a mistake in the confi
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+ROUNDS = "CLIPKIT_ROUNDS"
+"""Environment variable with a folder in which every rank that an agent starts leaves a mark."""
+
+
+def restarted() -> bool:
+    """Whether this rank has been started before by the same agent; to be asked once.
+
+    torchrun counts the rounds after a failure only, not those that begin because nodes come or go.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return True
+    if not (folder := os.environ.get(ROUNDS)):
+        return False
+    mark = Path(folder) / os.environ.get("LOCAL_RANK", "0")
+    before = mark.exists()
+    mark.touch()
+    return before
 
 
 def main() -> None:
     """Status: that of the rank that failed first, or 128 + n where signal n ended it, or told this process to stop."""
+    with TemporaryDirectory(prefix="clipkit_") as rounds:
+        os.environ[ROUNDS] = rounds
+        _run()
+
+
+def _run() -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

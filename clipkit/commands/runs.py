@@ -41,10 +41,10 @@ def train(
         check_first(index, plan, checked.data)
         if int(os.environ.get("RANK", "0")) == 0:
             print(*plan.summary(checked.steps), sep="\n", file=sys.stderr)
+    from clipkit.agent import restarted
     from clipkit.training.loop import train
 
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts dead ranks anew
-    train(checked, resume=resume or restarted)
+    train(checked, resume=restarted() or resume)
 
 
 def show(config: ConfigFile, settings: Settings = None) -> None:

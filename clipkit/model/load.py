@@ -16,7 +16,7 @@ from clipkit.errors import UserError
 from clipkit.model.convert import from_transformers
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.names import SCHEMES, Parts, from_open_clip, tokenizer_of
-from clipkit.model.pieces import load_table
+from clipkit.model.pieces import load_table, needed_table
 from clipkit.model.spec import MODEL, WEIGHTS, checkpoint_at, find_checkpoint, read_model_json
 from clipkit.model.tables import write_table
 from clipkit.model.towers import build_towers
@@ -125,7 +125,7 @@ def load_checkpoint(folder: str | Path) -> DualEncoder:
         about["spec"], build_towers(about["spec"]), tokenizer, preprocess, bias=0.0 if about["bias"] else None
     )
     model = DualEncoder(parts, scale_max=about["scale_max"])
-    model.load_state_dict(load_table(folder, Path(WEIGHTS).stem))
+    model.load_state_dict(needed_table(folder, Path(WEIGHTS).stem))
     return model
 
 

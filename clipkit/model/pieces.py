@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,12 +64,22 @@ def load_table(folder: Path, name: str) -> Mapping[str, Tensor]:
     Tensors are read when they are asked for. Raises UserError where a piece is missing.
     """
     whole = folder / f"{name}.safetensors"
-    if whole.is_file():
-        return load_file(whole)  # mapped into memory
-    files = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
-    if files and (lost := _missing(files)):
+    files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+    if files and files != [whole] and (lost := _missing(files)):
         raise UserError(f"{folder}: {lost} is not there, a part of {name}; copy it again, or use another checkpoint")
-    return Assembled(files)
+    try:
+        return load_file(whole) if files == [whole] else Assembled(files)  # a file is mapped into memory, not read
+    except (SafetensorError, OSError) as error:
+        mend = "copy it again, or use another checkpoint"
+        raise UserError(f"{folder}: {name} cannot be read ({error}), damaged or half copied; {mend}") from None
+
+
+def needed_table(folder: Path, name: str) -> Mapping[str, Tensor]:
+    """`load_table`, with a UserError where there is none."""
+    table = load_table(folder, name)
+    if not table:
+        raise UserError(f"{folder}: {name}.safetensors is not there; copy it again, or use another checkpoint")
+    return table
 
 
 class Assembled(Mapping[str, Tensor]):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ Spec = dict[str, Any]
 VOCABULARY = 49408
 """CLIP's byte-pair vocabulary."""
 MODEL, WEIGHTS = "model.json", "model.safetensors"
+STEP = r"step_\d{8,}"
+"""What the folder of a checkpoint is called."""
 SHOWN = 80
 """Letters of a setting that a message shows."""
 _WITHOUT_WEIGHT = {"dropout", "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens", "timm_model_pretrained"}
@@ -41,8 +44,12 @@ def find_checkpoint(path: str | Path) -> Path | None:
     folder = path.parent if path.name == WEIGHTS else path
     if (folder / MODEL).is_file():
         return folder
-    steps = [file.parent for file in folder.glob(f"checkpoints/step_*/{MODEL}")]
-    return max(steps, key=lambda step: int(step.name.removeprefix("step_")), default=None)
+    return next((step for step in reversed(whole_checkpoints(folder)) if (step / MODEL).is_file()), None)
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first; a folder of another name, such as a copy, is none."""
+    return sorted(path for path in run.glob("checkpoints/step_*") if re.fullmatch(STEP, path.name))
 
 
 def checkpoint_at(path: str | Path) -> Path:

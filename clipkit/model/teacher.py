@@ -161,6 +161,11 @@ class Teacher:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave. Raises UserError when it belongs to another architecture."""
         tensors = self._tensors(self.model)
+        if self._own and not state:
+            raise UserError(
+                "teacher: the checkpoint holds none; resume with teacher.kind=none, "
+                "or start a new run that begins from the checkpoint with model.start"
+            )
         if state.keys() != set(self._own) or any(tensors[name].shape != value.shape for name, value in state.items()):
             odd = sorted(state.keys() ^ set(self._own)) or [n for n in state if tensors[n].shape != state[n].shape]
             raise UserError(f"teacher: the saved one is of another architecture, e.g. {odd[0]}")

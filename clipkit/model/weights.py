@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import UserError
-from clipkit.model.pieces import load_table
+from clipkit.model.pieces import needed_table
 from clipkit.model.spec import (
     WEIGHTS,
     adapts_text,
@@ -39,7 +39,7 @@ def weights_into(model: DualEncoder, path: str | Path) -> None:
     there = read_model_json(folder)["spec"]
     problems = differing_settings(there, model.spec)
     new = ("text_tower.",) if adapts_text(there, model.spec) else ()
-    own, stored = model.state_dict(), load_table(folder, Path(WEIGHTS).stem)
+    own, stored = model.state_dict(), needed_table(folder, Path(WEIGHTS).stem)
     kept = [name for name in own if name == "bias" or name.startswith(("heads.", *new))]
     taken = [name for name in stored if not name.startswith(new) and (name in own or not name.startswith(OPTIONAL))]
     # Where each is read, one at a time: a checkpoint in pieces need not fit into memory whole.

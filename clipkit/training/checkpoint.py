@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit import distributed
@@ -39,7 +38,8 @@ from clipkit.data.mixture import Mixture
 from clipkit.data.plan import Plan
 from clipkit.errors import UserError
 from clipkit.model.load import description, save_description, save_parts
-from clipkit.model.pieces import Layout, load_table, save_pieces
+from clipkit.model.pieces import Layout, load_table, needed_table, save_pieces
+from clipkit.model.spec import whole_checkpoints
 from clipkit.model.tables import write_table
 from clipkit.model.teacher import Teacher
 from clipkit.objective import Objective
@@ -84,6 +84,7 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         if self._meeting:
             self._meeting.leave()  # after an error a rank may never write its part
+        self._thread.shutdown()  # or it would write beside whoever trains next in this process
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`; with `save_async` begin to, when the one before is whole.
@@ -94,7 +95,8 @@ class Checkpoints:
         final = self.folder / "checkpoints" / f"step_{step:08d}"
         partial = _partial(final)
         tables, layouts = self._pieces() if self._sharded else (self._tables(), {})
-        parts = _Parts(description(self.engine.bare), self._state(step), tables, layouts)
+        state = self._state(step, [name for name, table in tables.items() if table])
+        parts = _Parts(description(self.engine.bare), state, tables, layouts)
         needed = distributed.gather_objects(_bytes(tables))
         self._together(final, lambda: self._prepare(partial, sum(needed) if self._sharded else needed[0]))
         self._together(final, lambda: _write_random_state(partial))
@@ -123,12 +125,20 @@ class Checkpoints:
         """Bring everything back to the newest checkpoint, of the run or its mirror; returns its step, 0 without one."""
         if self.mirror:
             self.mirror.fetch(self.folder / "checkpoints")
+        if distributed.is_main():
+            for half in self.folder.glob("checkpoints/.step_*.partial"):  # a killed run's
+                shutil.rmtree(half, ignore_errors=True)
         distributed.barrier()
         whole = whole_checkpoints(self.folder)
         if not whole:
             return 0
         last = whole[-1]
         state = _state(last)
+        if state["step"] > self.config.steps:
+            raise UserError(
+                f"{last}: lies behind the run's end: samples={self.config.samples} is {self.config.steps} steps; "
+                f"resume with samples={state['step'] * self.config.batch_size} or more"
+            )
         try:
             step = self.plan.step_of(state["position"])
         except UserError as error:
@@ -187,12 +197,13 @@ class Checkpoints:
         remembered = {name: x.clone() for name, x in self.objective.state().items()}
         return {"terms": remembered} if remembered else {}
 
-    def _state(self, step: int) -> dict[str, Any]:
+    def _state(self, step: int, tables: list[str]) -> dict[str, Any]:
         return {
             "step": step,
             "position": self.plan.position(step),
             "guard": self.guard.state(),
             "engine": self.engine.state(),
+            "tables": tables,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -271,14 +282,17 @@ class Checkpoints:
             self.mirror.push(final)
 
     def _load(self, path: Path) -> None:
+        state = _state(path)
+        for name in state["tables"]:
+            needed_table(path, name)
         self.engine.load_weights(path)
         if self.teacher:
             self.teacher.load_state(load_table(path, "teacher"))
         self.objective.load_state(load_table(path, "terms"))
         self.engine.load_moments(_read_moments(path, self.config.optim.kind), self.guard.updates)
-        rng = path / f"rng_{distributed.rank()}.safetensors"
-        if rng.is_file():  # absent on ranks that the saving world did not have
-            torch.set_rng_state(load_file(rng)["torch"])
+        # A rank that the saving world did not have takes the first one's: they draw alike.
+        own = f"rng_{distributed.rank()}"
+        torch.set_rng_state(needed_table(path, own if (path / f"{own}.safetensors").is_file() else "rng_0")["torch"])
 
 
 class _Parts:
@@ -341,11 +355,6 @@ def _write_random_state(partial: Path) -> None:
     write_table({"torch": torch.get_rng_state()}, partial / f"rng_{distributed.rank()}.safetensors")
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((folder / "checkpoints").glob("step_*"))
-
-
 def prune(folder: Path, config: Config, mirror: Mirror | None = None) -> None:
     """Remove a run's checkpoints that need not stay, but for one that is just being copied."""
     whole = whole_checkpoints(folder)
@@ -356,9 +365,13 @@ def prune(folder: Path, config: Config, mirror: Mirror | None = None) -> None:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """state.json; a run without the guard's counts took every step."""
-    state = json.loads((path / "state.json").read_text())
-    return {"guard": {"updates": state["step"], "skipped": 0, "streak": 0, "returned_to": None}} | state
+    """state.json. Raises UserError where it is missing or damaged."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: state.json cannot be read ({error}); remove this folder to go on from the checkpoint before it"
+        ) from None
 
 
 def _read_moments(path: Path, kind: str) -> Mapping[str, Tensor]:

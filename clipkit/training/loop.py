@@ -40,8 +40,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     Raises Stopped when SIGTERM or SIGUSR1 ended it early, saved.
     """
-    folder = _open_run(config, resume)
     engine = engine_for(config)
+    resume = any(distributed.gather_objects(resume))  # a node that joins does not know that the run has begun
+    folder = _open_run(config, resume)
     with Alarm():
         mirror = Mirror(config) if config.mirror and distributed.is_main() else None
         last, over = _train(config, engine, folder, mirror, resume)

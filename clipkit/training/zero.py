@@ -44,6 +44,11 @@ class Zero0Engine(Engine):
         self.bare.zero_grad(set_to_none=True)  # accelerate's optimizer leaves that to DeepSpeed
         self.model.step()  # type: ignore[operator]  # counts a step, and moves nothing without gradients
 
+    def close(self) -> None:
+        """Leave the process group; one alone keeps it: DeepSpeed remembers it for what trains next in the process."""
+        if self.world > 1:
+            super().close()
+
     def _join(self) -> torch.device:
         if not torch.cuda.is_available():
             # This op is only for inference, and compiling it costs half a minute or fails without a compiler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 import clipkit
 from clipkit import agent
+from clipkit.data.world.build import build_world
+from tests.launch.cluster import free_ports
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ENDS = """
@@ -80,3 +83,43 @@ def test_what_all_ranks_find_wrong_is_said_once() -> None:
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("did you mean negatives") == 1, done.stderr
+
+
+def test_a_round_after_nodes_came_or_went_is_no_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun counts failures only; each agent's ranks leave marks."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.delenv(agent.ROUNDS, raising=False)
+    assert not agent.restarted() and not agent.restarted()
+    monkeypatch.setenv(agent.ROUNDS, str(tmp_path))
+    found = []
+    for rank in ("0", "1", "0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        found.append(agent.restarted())
+    assert found == [False, False, True, True]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.delenv(agent.ROUNDS)
+    assert agent.restarted()
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_takes_part(tmp_path: Path) -> None:
+    """NNODES=1:2: the second agent comes when the run has begun; it goes on with both."""
+    build_world(tmp_path / "data/world", pictures=200, eval_rows=2)
+    settings = ["debug", "samples=24000", "save_every=640", "keep=2", "name=joined"]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NNODES": "1:2", "NPROC": "1"}
+    environment |= {"RESTARTS": "0", "LAST_CALL_S": "2", "MASTER_PORT": str(free_ports(1)[0])}
+    command = ["bash", str(LAUNCH / "torchrun.sh"), *settings]
+
+    def node(name: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / name).open("wb") as said:
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=said)
+
+    first, metrics, limit = node("first"), tmp_path / "runs/joined/metrics.jsonl", time.monotonic() + 300
+    while not metrics.is_file():
+        assert time.monotonic() < limit and first.poll() is None, (tmp_path / "first").read_text()
+        time.sleep(0.2)
+    second = node("second")
+    ended = [process.wait(timeout=300) for process in (first, second)]
+    assert ended == [0, 0], (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] == 750 and len(set(steps)) == 750

@@ -79,11 +79,11 @@ def test_round_trip_is_bit_equal_and_needs_nothing_else(config: Any, tmp_path: P
 def test_a_run_means_its_newest_whole_checkpoint(tmp_path: Path):
     steps = tmp_path / "checkpoints"
     for step, scale in ((2, 2.0), (10, 10.0)):
-        save(build(tiny(scale=scale)), steps / f"step_{step}")
-    (steps / "step_30").mkdir()
-    assert find_checkpoint(tmp_path) == steps / "step_10"
+        save(build(tiny(scale=scale)), steps / f"step_{step:08d}")
+    (steps / "step_00000030").mkdir()
+    assert find_checkpoint(tmp_path) == steps / "step_00000010"
     torch.testing.assert_close(load(str(tmp_path)).scale.cpu(), torch.tensor([10.0]))
-    assert find_checkpoint(steps / "step_2" / "model.safetensors") == steps / "step_2"
+    assert find_checkpoint(steps / "step_00000002" / "model.safetensors") == steps / "step_00000002"
 
 
 def test_start_takes_weights_and_the_config_has_the_last_word(tmp_path: Path):

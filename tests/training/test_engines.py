@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import clipkit
 from clipkit import config as configuration
@@ -120,3 +121,15 @@ def _one_after_another(tree: dict, engines: list[dict], _rank: int, _world: int)
     Engine.close = lambda _: distributed.barrier()  # type: ignore[method-assign]  # the group of ranks is the test's
     named = [tree | {"name": f"engine{number}", "engine": engine} for number, engine in enumerate(engines)]
     return [train(configuration.validate(each)) for each in named]
+
+
+def _one_after_another(tree: dict, _rank: int, _world: int) -> None:
+    dist.destroy_process_group()  # the test's
+    for number, stage in enumerate((1, 1, 3)):
+        each = {"name": f"run{number}", "engine": {"kind": "deepspeed", "zero_stage": stage}}
+        train(configuration.validate(tree | each))
+
+
+def test_deepspeed_trains_more_than_once_in_a_process(tiny_tree: dict) -> None:
+    """As a sweep does: it remembers the process group of the first time."""
+    run_ranks(partial(_one_after_another, tiny_tree | {"samples": 32}), 1, timeout_s=120)

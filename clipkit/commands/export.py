@@ -27,5 +27,5 @@ def export(
     from clipkit.model.export import export
     from clipkit.model.load import load, load_teacher
 
-    export(load_teacher(model) if teacher else load(model, "cpu"), out, to, overwrite=overwrite)
+    export(load_teacher(model) if teacher else load(model, "cpu"), out, to, overwrite=overwrite, source=model)
     print(f"{out}: {to}, embeds as {model}{' (teacher)' if teacher else ''}")

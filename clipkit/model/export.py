@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Collection
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from clipkit.errors import UserError
 from clipkit.model.convert import to_transformers
 from clipkit.model.dual_encoder import DualEncoder
 from clipkit.model.load import description, load, save
+from clipkit.model.spec import MODEL, WEIGHTS, read_model_json
 from clipkit.model.tables import write_table
 
 TOLERANCE = 1e-4
@@ -43,18 +46,21 @@ class Embedded(NamedTuple):
     text: Float[Tensor, "n d"]
 
 
-def export(model: DualEncoder, out: str | Path, to: str, *, overwrite: bool = False) -> Path:
+def export(model: DualEncoder, out: str | Path, to: str, *, overwrite: bool = False, source: str | Path = "") -> Path:
     """Write the model into the folder `out`, whole or not at all, in the form `to` (one of FORMS); returns the folder.
 
     Raises UserError where the form has no place for something that embeddings depend on, where a library is not
-    installed, and for a folder that holds something, unless `overwrite`.
+    installed, and for a folder that holds something: unless `overwrite`, and it is an earlier export, and not what the
+    model was loaded from (`source`).
     """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise UserError(f"{out}: is there already; choose another folder, or replace it with --overwrite")
+    out = Path(out).resolve()
+    _refuse_taken(out, description(model).keys(), str(source), overwrite)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}; choose another folder") from None
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)  # the caller's stays where and as it is
     try:
         with torch.no_grad():
@@ -65,6 +71,43 @@ def export(model: DualEncoder, out: str | Path, to: str, *, overwrite: bool = Fa
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _refuse_taken(out: Path, described: Collection[str], source: str, overwrite: bool) -> None:
+    """Raises UserError where something lies that must not make way."""
+    if out == Path.cwd():
+        raise UserError(f"{out}: is the folder you are in; name a new one")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out}: is there already; choose another folder, or replace it with --overwrite")
+    if any(path.resolve().is_relative_to(out) for path in _places(source)):
+        raise UserError(f"{out}: is where the model lies, which --overwrite does not remove; choose another folder")
+    if not _is_export(out, described):
+        raise UserError(
+            f"{out}: holds other things than one export, which --overwrite does not remove; choose another folder"
+        )
+
+
+def _places(source: str) -> list[Path]:
+    """What a model's reference names here: itself, the FOLDER of local-dir:FOLDER, the FILE of NAME:FILE."""
+    scheme, _, place = source.partition(":")
+    return [
+        *([Path(source)] if source and Path(source).exists() else []),
+        *([Path(place)] if Path(place).is_file() or scheme == "local-dir" else []),
+    ]
+
+
+def _is_export(folder: Path, described: Collection[str]) -> bool:
+    """Whether nothing lies there but what `export` writes; a merged model and a run's best say more than it would."""
+    names = {path.name for path in folder.iterdir()}
+    if not any(
+        names >= parts and all(fnmatch(name, further) for name in names - parts) for parts, further in PARTS.values()
+    ):
+        return False
+    return MODEL not in names or read_model_json(folder).keys() <= set(described)
 
 
 def _to_clipkit(model: DualEncoder, folder: Path) -> Embedded:
@@ -129,6 +172,16 @@ def _to_onnx(model: DualEncoder, folder: Path) -> Embedded:
 
 FORMS = {"clipkit": _to_clipkit, "open_clip": _to_open_clip, "transformers": _to_transformers, "onnx": _to_onnx}
 """What `export` writes, by name: each writes into an empty folder and embeds with what it has written."""
+PARTS = {
+    "clipkit": ({MODEL, WEIGHTS}, ""),
+    "open_clip": ({"open_clip_config.json", "open_clip_model.safetensors"}, ""),
+    "transformers": (
+        {"config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json"},
+        "model*.safetensors*",
+    ),
+    "onnx": ({"image.onnx", "text.onnx", "about.json"}, "*.onnx.data"),
+}
+"""Each form's files, by which an earlier export is known, and what those are called that depend on the model's size."""
 
 
 class _Images(nn.Module):

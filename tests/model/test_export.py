@@ -87,6 +87,7 @@ def test_onnx_graphs_take_any_number(config: Any, tmp_path: Path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = model_of(config)
     export(model, tmp_path / "out", "onnx")
+    assert exporting._is_export(tmp_path / "out", ())
     about = json.loads((tmp_path / "out/about.json").read_text())
     assert about["scale"] == pytest.approx(model.scale.item()) and about["bias"] == (-3.0 if model.bias else None)
     side = about["preprocess"]["size"]
@@ -138,6 +139,52 @@ def test_a_folder_in_use_is_kept(tmp_path: Path):
         "open_clip_config.json",
         "open_clip_model.safetensors",
     ]
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path: Path):
+    """Not a run, its checkpoint, its best or a merged model, nor an export that somebody has put something into."""
+    model, run = model_of(tiny()), tmp_path / "run"
+    checkpoint = run / "checkpoints/step_00000001"
+    save(model, checkpoint)
+    (checkpoint / "state.json").write_text("{}")
+    save(model, run / "best", evaluation={})
+    noted = export(model, run / "noted", "open_clip")
+    (noted / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path, run, run / "checkpoints", checkpoint, run / "best", noted):
+        with pytest.raises(UserError, match=f"{out}: holds other things than one export, which --overwrite does not"):
+            export(model, out, "clipkit", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    for to in ("clipkit", "open_clip", "transformers", "open_clip"):
+        assert export(model, run / "alone", to, overwrite=True, source=run) == run / "alone"
+        assert {path.name for path in (run / "alone").iterdir()} >= exporting.PARTS[to][0]
+
+
+def test_what_the_model_was_loaded_from_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, own = model_of(tiny()), tmp_path / "own"
+    export(model, own, "open_clip")
+    (tmp_path / "link").symlink_to(own)
+    monkeypatch.chdir(tmp_path)
+    file = own / "open_clip_model.safetensors"
+    for source in (own, "own", "link", "local-dir:own", f"ViT-B-32:{file}"):
+        with pytest.raises(UserError, match="own: is where the model lies, which --overwrite does not remove"):
+            export(model, "link", "clipkit", overwrite=True, source=source)
+    assert file.is_file()
+    export(model, "own", "clipkit", overwrite=True, source="ViT-B-32:own")  # a tag
+
+
+def test_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out, message in (
+        ("../file", "file: is a file; choose a folder"),
+        ("../file/y", "file/y: cannot be written: .*Not a directory"),
+        (".", "empty: is the folder you are in; name a new one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(model_of(tiny()), out, "clipkit", overwrite=True)
+    assert Path.cwd().is_dir() and (tmp_path / "file").read_text() == "kept"
 
 
 def test_what_embeds_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

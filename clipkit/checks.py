@@ -94,7 +94,21 @@ def cross_check(config: Config) -> list[str]:
         problems.append(f"samples: {config.samples} is less than one batch ({config.batch_size})")
     if config.evaluate_every and not config.suite:
         problems.append("evaluate_every needs suite: which benchmarks to run")
-    problems += _check_stop(config)
+    problems += _check_stop(config) + _check_places(config)
+    return problems
+
+
+def _check_places(config: Config) -> list[str]:
+    """What is wrong with where the run and its copies lie."""
+    problems = []
+    for setting, place in (("out", config.out), ("mirror", config.mirror)):
+        try:
+            config.filled(place)
+        except (LookupError, ValueError, TypeError, AttributeError):
+            problems.append(
+                f"{setting}: may hold {{name}} and {{seed}} only (other braces are written {{{{ and }}}}), "
+                f'got "{place}"'
+            )
     return problems
 
 

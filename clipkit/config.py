@@ -36,7 +36,7 @@ class Config(Section):
 
     name: str = "run"
     out: str = "runs/{name}"
-    """Run folder; `{name}` and `{seed}` are filled in."""
+    """Run folder; `{name}` and `{seed}` are filled in, also in `mirror`."""
     seed: Count = 0
     batch_size: Positive = 256
     """Global number of pairs a step."""
@@ -86,7 +86,16 @@ class Config(Section):
     @property
     def run_folder(self) -> Path:
         """Where the run keeps everything."""
-        return Path(self.out.format(name=self.name, seed=self.seed))
+        return Path(self.filled(self.out))
+
+    @property
+    def mirror_url(self) -> str:
+        """Folder or URL that its checkpoints are copied to; empty: nowhere."""
+        return self.filled(self.mirror)
+
+    def filled(self, place: str) -> str:
+        """`out` or `mirror` with the run's own name and seed. Raises what `str.format` does where it holds others."""
+        return place.format(name=self.name, seed=self.seed)
 
 
 def data_folders(folder: str) -> list[Path]:

@@ -90,6 +90,21 @@ def test_combinations_that_cannot_be_right(tree: dict[str, Any], expected: str) 
     assert str(raised.value).splitlines() == ["config:", f"  {expected}"]
 
 
+@pytest.mark.parametrize(
+    "place", ["runs/{nme}", "runs/{", "runs/{}", "runs/{array}", "{name.x}", "{name[x]}", "{name:q}"]
+)
+def test_only_name_and_seed_are_filled_in(place: str) -> None:
+    for setting in ("out", "mirror"):
+        with pytest.raises(UserError) as raised:
+            configuration.validate({setting: place})
+        expected = (
+            f'{setting}: may hold {{name}} and {{seed}} only (other braces are written {{{{ and }}}}), got "{place}"'
+        )
+        assert str(raised.value).splitlines() == ["config:", f"  {expected}"]
+    config = configuration.validate({"out": "{name}/{seed:03d}{{}}", "mirror": "s3://x/{name}", "name": "a", "seed": 5})
+    assert (str(config.run_folder), config.mirror_url) == ("a/005{}", "s3://x/a")
+
+
 def test_a_set_is_a_plain_name() -> None:
     with pytest.raises(UserError, match=r"data\.text_features: String should match pattern"):
         configuration.validate({"data": {"text_features": "../x"}})

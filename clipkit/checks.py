@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipkit.errors import UserError
@@ -24,6 +27,24 @@ def check_split(config: Config, ranks: int) -> None:
             f"batch_size: {config.batch_size} pairs cannot be split evenly over {ranks} ranks{each}; "
             "change it or the number of ranks"
         )
+
+
+def mirror_at_home(config: Config) -> str:
+    """What is wrong where the mirror is the run's own checkpoints, whose copies would take the place of what they copy.
+
+    Nothing (empty) for a folder beside them and for other stores' URLs.
+    """
+    where = re.sub("^(file|local):(//)?", "", config.mirror_url)  # as fsspec reads it
+    if not where or "://" in where:
+        return ""
+    mirror = Path(os.path.realpath(os.path.expanduser(where)))
+    own = Path(os.path.realpath(config.run_folder / "checkpoints"))
+    if mirror != own and mirror not in own.parents and own not in mirror.parents:
+        return ""
+    return (
+        f"mirror: {config.mirror_url} is, holds or lies in the run's own checkpoints, {own}; copies belong elsewhere: "
+        "name another folder or a URL, or none"
+    )
 
 
 def looked_at(term: str) -> dict[str, bool]:
@@ -109,6 +130,8 @@ def _check_places(config: Config) -> list[str]:
                 f"{setting}: may hold {{name}} and {{seed}} only (other braces are written {{{{ and }}}}), "
                 f'got "{place}"'
             )
+    if not problems and (problem := mirror_at_home(config)):
+        problems.append(problem)
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,21 @@ def test_only_name_and_seed_are_filled_in(place: str) -> None:
         assert str(raised.value).splitlines() == ["config:", f"  {expected}"]
     config = configuration.validate({"out": "{name}/{seed:03d}{{}}", "mirror": "s3://x/{name}", "name": "a", "seed": 5})
     assert (str(config.run_folder), config.mirror_url) == ("a/005{}", "s3://x/a")
+
+
+def test_a_mirror_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to("runs")
+    own = ["runs/{name}/checkpoints", "runs/{name}", ".", "runs/run/checkpoints/x/../y", "link/run/checkpoints/"]
+    own += [f"file://{tmp_path}/runs/run/checkpoints", f"local://{tmp_path}/runs", "file:runs", "~/runs"]
+    for mirror in own:
+        with pytest.raises(
+            UserError, match="mirror: .* is, holds or lies in the run's own checkpoints, .*; copies belong"
+        ):
+            configuration.validate({"mirror": mirror})
+    for mirror in ("", "runs/{name}/copies", "runs/other", f"file://{tmp_path}/mirror", "s3://runs/{name}/checkpoints"):
+        configuration.validate({"mirror": mirror})
 
 
 def test_a_set_is_a_plain_name() -> None:

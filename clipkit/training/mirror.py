@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from clipkit.checks import mirror_at_home
 from clipkit.config import Config
 from clipkit.data.remote import filesystem, within
 from clipkit.data.web import Transient, shown
@@ -29,11 +30,13 @@ LAST = "state.json"
 class Mirror:
     """The mirror of one run. Checkpoints are copied by a thread, one at a time; the newest waits, and those for good.
 
-    Raises UserError where no store can be had at the address.
+    Raises UserError where no store can be had at the address, and for the run's own checkpoints.
     """
 
     def __init__(self, config: Config):
-        self.url, self._config = config.mirror.format(name=config.name, seed=config.seed).rstrip("/"), config
+        if problem := mirror_at_home(config):
+            raise UserError(problem)
+        self.url, self._config = config.mirror_url.rstrip("/"), config
         self._store, self._root = filesystem(self.url)
         self._thread = ThreadPoolExecutor(1)
         self._newest: Path | None = None

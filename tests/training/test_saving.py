@@ -203,3 +203,9 @@ def test_a_mirror_that_cannot_be_read(tiny_tree: dict, tmp_path: Path, capfd: An
 def test_a_store_that_is_not_there_is_told_before_training(tiny_tree: dict) -> None:
     with pytest.raises(UserError, match="nowhere"):
         train(config(tiny_tree, mirror="nowhere://x"))
+
+
+def test_a_runs_own_checkpoints_are_no_mirror(tiny_tree: dict) -> None:
+    """Also where nothing has checked the config before."""
+    with pytest.raises(UserError, match="is, holds or lies in the run's own checkpoints"):
+        train(config(tiny_tree, mirror=tiny_tree["out"] + "/checkpoints"))

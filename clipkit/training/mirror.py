@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,34 @@ class Mirror:
 
     def _copy(self, checkpoint: Path) -> None:
         reason: Exception | None = None
+        copied = False
         for number in range(TRIES):
             if checkpoint != self._newest and not self._stays(checkpoint):
-                return
+                break
             if reason:
                 time.sleep(PAUSE_S * 2 ** (number - 1))
             try:
                 self._reading = checkpoint
-                self._upload(checkpoint)
+                if not copied:
+                    self._upload(checkpoint)
+                    copied = True
                 self._clear()
                 return
             except (Transient, UserError, OSError) as error:
                 reason = error
             finally:
                 self._reading = None
-        _say(f"mirror: {checkpoint.name} could not be copied to {shown(self.url)}, tried {TRIES} times: {reason}")
+        else:
+            failed = "what is old could not be removed from" if copied else f"{checkpoint.name} could not be copied to"
+            _say(f"mirror: {failed} {shown(self.url)}, tried {TRIES} times: {reason}")
+        if reason and not copied:
+            self._forget(checkpoint)
+
+    def _forget(self, checkpoint: Path) -> None:
+        """Take away a copy that was given up: half as it is, it would keep the room that the next one needs."""
+        with suppress(Transient, UserError, OSError):  # out of reach, perhaps; the next copy that is whole clears too
+            self._remove(checkpoint.name)
+            self._clear()
 
     def _stays(self, checkpoint: Path) -> bool:
         names = sorted(path.name for path in checkpoint.parent.glob("step_*"))

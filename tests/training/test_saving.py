@@ -135,6 +135,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[MemoryFileSystem]]:
         store: dict[str, Any] = {}
         pseudo_dirs: list[str] = [""]
         refused = 0
+        room = 10**9
 
         @classmethod
         def _strip_protocol(cls, path: str) -> str:
@@ -145,6 +146,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[MemoryFileSystem]]:
                 Flaky.refused -= 1
                 raise ConnectionError("reset by peer")
             super().put_file(*words, **more)
+            if sum(file.size for file in Flaky.store.values()) > Flaky.room:
+                raise OSError("no room")
 
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(mirroring, "PAUSE_S", 0.0)
@@ -183,6 +186,36 @@ def test_what_fails_is_tried_again_and_ends_nothing(tiny_tree: dict, store: Any,
     said = capfd.readouterr().err
     assert "mirror: step_00000004 could not be copied to flaky://other, tried 4 times" in said
     assert "reset by peer" in said and (run / "checkpoints/step_00000004/state.json").is_file()
+
+
+def test_what_is_half_takes_no_room(tiny_tree: dict, store: Any, capfd: Any) -> None:
+    """Neither a copy that was given up at its very last file, nor one that a killed run left."""
+    run = config(tiny_tree, samples=32, keep=1, mirror="flaky://full")
+    checkpoints = train(run) / "checkpoints"
+    second = shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000003")
+    store().pipe_file("/full/step_00000001/model.safetensors", b"half")
+    store.room = sum(file.size for file in store.store.values()) * 2 - 5
+    mirror = mirroring.Mirror(run)
+    mirror.push(second)
+    mirror.close()
+    said = capfd.readouterr().err
+    assert "step_00000003 could not be copied to flaky://full, tried 4 times: OSError: no room" in said
+    assert {path.split("/")[-2] for path in store.store} == names(store) == {"step_00000002"}
+    mirror = mirroring.Mirror(run)
+    mirror.push(second)
+    mirror.close()
+    assert names(store) == {"step_00000003"} and not capfd.readouterr().err
+
+
+def test_old_copies_that_stay_take_no_new_one_along(tiny_tree: dict, store: Any, capfd: Any, monkeypatch: Any) -> None:
+    def refuse(mirror: mirroring.Mirror) -> None:
+        raise UserError("not allowed")
+
+    monkeypatch.setattr(mirroring.Mirror, "_clear", refuse)
+    train(config(tiny_tree, save_every=0, mirror="flaky://there"))
+    said = capfd.readouterr().err
+    assert "mirror: what is old could not be removed from flaky://there, tried 4 times: not allowed" in said
+    assert names(store) == {"step_00000004"}
 
 
 def test_a_mirror_that_cannot_be_read(tiny_tree: dict, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:

@@ -45,6 +45,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     folder = _open_run(config, resume)
     with Alarm():
         mirror = Mirror(config) if config.mirror and distributed.is_main() else None
+        if mirror and not resume:
+            mirror.begin()
         last, over = _train(config, engine, folder, mirror, resume)
         engine.close()
     if mirror:

@@ -25,7 +25,8 @@ from clipkit.training.retention import for_good, kept
 
 TRIES, PAUSE_S = 4, 2.0
 """Attempts at one checkpoint, and the pause after the first, which doubles."""
-LAST = "state.json"
+LAST, TRIAL = "state.json", ".clipkit"
+"""What a copy ends with; what is written, and taken away again, to see whether the place can be written."""
 
 
 class Mirror:
@@ -56,20 +57,48 @@ class Mirror:
         """Wait until the newest checkpoint is copied, or given up."""
         self._thread.shutdown()
 
+    def begin(self) -> None:
+        """See that a new run has a place for its copies.
+
+        Raises UserError for one that holds a run's already, which would pass for newer than the new run's, and for one
+        that cannot be read and written.
+        """
+        try:
+            whole = self._whole()
+            if not whole:
+                self._try()
+        except (Transient, UserError, OSError) as error:
+            raise UserError(self._useless(error)) from None
+        if whole:
+            raise UserError(
+                f"mirror: {shown(self.url)}: holds a run's checkpoints already, at last {whole[-1]}; continue that run "
+                "with --resume, or choose another mirror="
+            )
+
     def fetch(self, checkpoints: Path) -> None:
         """Bring its newest checkpoint into the folder `checkpoints`, unless that has one as new.
 
-        Raises UserError when it cannot be read and there is none here either.
+        Raises UserError when it cannot be read, or written, and there is then none here either.
         """
-        here = sorted(checkpoints.glob("step_*"))
         try:
-            there = self._whole()
-            if there and (not here or there[-1] > here[-1].name):
+            here, there = _names(checkpoints), self._whole()
+            if there and (not here or there[-1] > here[-1]):
                 self._download(there[-1], checkpoints)
+            self._try()
         except (Transient, UserError, OSError) as error:
+            here = _names(checkpoints)
             if not here:
-                raise UserError(f"mirror: {shown(self.url)}: cannot be read: {error}") from None
-            _say(f"mirror: {shown(self.url)}: cannot be read ({error}); going on from {here[-1].name}")
+                raise UserError(self._useless(error)) from None
+            _say(f"{self._useless(error)}; going on from {here[-1]}")
+
+    def _useless(self, error: Exception) -> str:
+        return f"mirror: {shown(self.url)}: cannot be used: {error}; mend that, or choose another mirror="
+
+    def _try(self) -> None:
+        """Write a little and take it away: most stores have no folders that could be looked at instead."""
+        self._ask("makedirs", self._root, exist_ok=True)
+        self._ask("pipe_file", self._path(TRIAL), b"clipkit")
+        self._ask("rm", self._path(TRIAL))
 
     def _copy(self, checkpoint: Path) -> None:
         reason: Exception | None = None
@@ -103,8 +132,7 @@ class Mirror:
             self._clear()
 
     def _stays(self, checkpoint: Path) -> bool:
-        names = sorted(path.name for path in checkpoint.parent.glob("step_*"))
-        return checkpoint.name in for_good(names, self._config)
+        return checkpoint.name in for_good(_names(checkpoint.parent), self._config)
 
     def _upload(self, checkpoint: Path) -> None:
         self._remove(checkpoint.name)
@@ -148,6 +176,11 @@ class Mirror:
     def _ask(self, method: str, *words: Any, size: int = 0, **more: Any) -> Any:
         """One call to the store, with a deadline by `size`."""
         return within(lambda: getattr(self._store, method)(*words, **more), self.url, size)
+
+
+def _names(checkpoints: Path) -> list[str]:
+    """Of whole checkpoints in a run's folder, oldest first."""
+    return sorted(path.name for path in checkpoints.glob("step_*"))
 
 
 def _say(text: str) -> None:

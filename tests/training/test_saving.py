@@ -218,6 +218,42 @@ def test_old_copies_that_stay_take_no_new_one_along(tiny_tree: dict, store: Any,
     assert names(store) == {"step_00000004"}
 
 
+def test_a_new_run_does_not_take_over_a_mirror(tiny_tree: dict, store: Any) -> None:
+    """Its copies would be older than what lies there, and make way; a run resumed would get the other's weights."""
+    run = config(tiny_tree, mirror="flaky://there")
+    shutil.rmtree(train(run))
+    copies = dict(store.store)
+    message = "mirror: flaky://there: holds a run's checkpoints already, at last step_00000004; continue that run with"
+    with pytest.raises(UserError, match=message):
+        train(config(tiny_tree, samples=32, mirror="flaky://there"))
+    assert store.store == copies and not (run.run_folder / "metrics.jsonl").exists()
+    train(config(tiny_tree, samples=32, mirror="flaky://else"))
+    train(config(tiny_tree, name="other", mirror="flaky://there"), resume=True)
+    assert names(store) == {f"step_0000000{number}" for number in range(1, 5)}
+
+
+def test_a_place_that_cannot_be_written(tiny_tree: dict, tmp_path: Path, capfd: Any) -> None:
+    """Is told before training; a run that has checkpoints goes on without."""
+    (tmp_path / "file").write_text("kept")
+    run = config(tiny_tree, save_every=0, samples=32, mirror=str(tmp_path / "file"))
+    for resume in (False, True):
+        with pytest.raises(
+            UserError, match="mirror: .*/file: cannot be used: FileExistsError: .*; mend that, or choose"
+        ):
+            train(run, resume=resume)
+    assert not (run.run_folder / "metrics.jsonl").exists()
+    train(run.model_copy(update={"mirror": ""}))
+    train(run, resume=True)
+    assert "cannot be used: FileExistsError" in capfd.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_runs_own_checkpoints_are_no_mirror(tiny_tree: dict) -> None:
+    """Also where nothing has checked the config before."""
+    with pytest.raises(UserError, match="is, holds or lies in the run's own checkpoints"):
+        train(config(tiny_tree, mirror=tiny_tree["out"] + "/checkpoints"))
+
+
 def test_a_mirror_that_cannot_be_read(tiny_tree: dict, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     """No way to begin a lost run, but none to end one whose folder is there."""
 
@@ -226,19 +262,14 @@ def test_a_mirror_that_cannot_be_read(tiny_tree: dict, tmp_path: Path, capfd: An
 
     monkeypatch.setattr(mirroring.Mirror, "_whole", refuse)
     run = config(tiny_tree, save_every=0, samples=32, mirror=str(tmp_path / "mirror"))
-    with pytest.raises(UserError, match="mirror: .*mirror: cannot be read: not allowed"):
+    with pytest.raises(UserError, match="mirror: .*mirror: cannot be used: not allowed"):
         train(run, resume=True)
     (run.run_folder / "checkpoints/step_00000001").mkdir(parents=True)
     mirroring.Mirror(run).fetch(run.run_folder / "checkpoints")
-    assert "cannot be read (not allowed); going on from step_00000001" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "cannot be used: not allowed; mend that, or choose another mirror=; going on from step_00000001" in said
 
 
 def test_a_store_that_is_not_there_is_told_before_training(tiny_tree: dict) -> None:
     with pytest.raises(UserError, match="nowhere"):
         train(config(tiny_tree, mirror="nowhere://x"))
-
-
-def test_a_runs_own_checkpoints_are_no_mirror(tiny_tree: dict) -> None:
-    """Also where nothing has checked the config before."""
-    with pytest.raises(UserError, match="is, holds or lies in the run's own checkpoints"):
-        train(config(tiny_tree, mirror=tiny_tree["out"] + "/checkpoints"))

@@ -38,7 +38,7 @@ def add_objects(caption: str, rng: Random) -> Rewrites:
     said = set[str]().union(*(lex.nouns.kin(phrase.lemma) for phrase in parsed.phrases))
     texts = []
     for number, phrase in enumerate(parsed.phrases):
-        if not _is_plain(parsed, phrase, lex) or not _takes_company(parsed, number):
+        if not _is_plain(parsed, phrase, lex) or not _takes_company(parsed, number, lex):
             continue
         assert phrase.sense is not None
         offers = [o for o in draw(rng, lex.nouns.offers(phrase.sense)) if o.lemma not in said]
@@ -56,7 +56,7 @@ def _is_plain(parsed: Parsed, phrase: Phrase, lex: Lexicon) -> bool:
     return sense.count in ("count", "plural") and (phrase.determiner in ("a", "an", "the") or phrase.plural)
 
 
-def _takes_company(parsed: Parsed, number: int) -> bool:
+def _takes_company(parsed: Parsed, number: int, lex: Lexicon) -> bool:
     """Whether "and another" can follow: nothing more is said of the thing, and no verb or pronoun agrees with it."""
     phrase, letters = parsed.phrases[number], parsed.letters
     before, after = letters[max(0, phrase.start - 1) : phrase.start], letters[phrase.stop : phrase.stop + 1]
@@ -64,8 +64,10 @@ def _takes_company(parsed: Parsed, number: int) -> bool:
         return False
     if phrase.determiner == "the" and parsed.before(phrase) in ("in", "on", "at"):
         return False
-    ends = before in ("V", "G", "I") and after in ("", ".", "I")
-    return ends or (not before and not set("BVPO") & set(letters))
+    if before in ("V", "G", "I") and after in ("", ".", "I"):
+        return True
+    verbs = (lex.verbs.forms.get(token.lower, ("", ""))[1] for token in parsed.tokens[phrase.stop :])
+    return not before and not set("BVPO") & set(letters) and "third" not in verbs  # "jumps", taken for a noun
 
 
 def _named(noun: Noun, beside: Phrase) -> str:

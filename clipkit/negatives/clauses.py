@@ -29,6 +29,8 @@ MOST = 6
 """Largest number offered; captions seldom count further."""
 _DIGITS = tuple(map(str, range(1, 11)))
 _BE = ("is", "are", "was", "were")
+_DENIALS = frozenset(("not", "no", "without", "never", "n't", "isn't", "aren't"))
+_DENIALS |= {"nobody", "none", "nothing", "neither", "nor", "nowhere"}
 _NO_PLACES = ("with", "without", "up", "down", "into", "out of", "onto", "off", "before", "after", "by")
 _VERB = re.compile("B?R?[VG]I?$")
 
@@ -137,7 +139,7 @@ def replace_numbers(caption: str, rng: Random) -> Rewrites:
 def negate(caption: str, rng: Random) -> Rewrites:
     """What is said is denied: "is not", "does not", "not running", "there is no"; "without" where nothing is done."""
     lex, parsed = lexicon(), parse(caption)
-    if {"not", "no", "without", "never", "n't", "isn't", "aren't"} & {token.lower for token in parsed.tokens}:
+    if _DENIALS & {token.lower for token in parsed.tokens}:
         return Rewrites(reason="denies something already")
     verbs, others = [], []
     for i in range(len(parsed.tokens)):

@@ -45,7 +45,8 @@ def write(words: Sequence[Word], original: str) -> str:
     for i, text in enumerate(texts):
         if i and not gaps[i] and text[:1].isalnum() and texts[i - 1][-1:].isalnum():
             gaps[i] = " "
-    return "".join([part for pair in zip(gaps, texts) for part in pair])
+    text = "".join([part for pair in zip(gaps, texts) for part in pair])
+    return text.upper() if original.isupper() else text
 
 
 def put(parsed: Parsed, changes: dict[int, str], original: str) -> str:
@@ -58,7 +59,7 @@ def put(parsed: Parsed, changes: dict[int, str], original: str) -> str:
 
 def is_capitalised(text: str) -> bool:
     """Whether a text begins like a sentence (not with an abbreviation, not all in capitals)."""
-    return text[:1].isupper() and not text[1:2].isupper()
+    return text[:1].isupper() and not text[1:2].isupper() and not text.isupper()
 
 
 def _agree(texts: list[str], original: str) -> None:
@@ -76,8 +77,9 @@ def _agree(texts: list[str], original: str) -> None:
 
 
 def _capitalise(texts: list[str], original: str) -> None:
-    first = original.split(maxsplit=1)[0]
-    for i, text in enumerate(texts):
-        if i and text == first and first != "I" and first.lower() not in lexicon().names:
+    first, *others = original.split()
+    places = [i for i, text in enumerate(texts) if i and text == first]
+    if first != "I" and first.lower() not in lexicon().names:
+        for i in places[: len(places) - others.count(first)]:  # as many as moved there: "group A" stays
             texts[i] = first.lower()
     texts[0] = texts[0][:1].upper() + texts[0][1:]

@@ -142,6 +142,10 @@ class Nouns:
             self._offers[noun] = [other for other in self._offered[noun.group] if other.member != noun.member]
         return self._offers[noun]
 
+    def offered(self, group: str) -> list[Noun]:
+        """All of a group that are offered."""
+        return self._offered[group]
+
     def related(self, a: str, b: str) -> bool:
         """Whether two lemmas may name one thing: the same, synonyms, or one the other's hypernym."""
         return b in self.kin(a)

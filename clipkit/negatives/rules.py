@@ -141,7 +141,7 @@ def replace_nouns(caption: str, rng: Random) -> Rewrites:
             continue
         if parsed.after(phrase) == "of" or (phrase.sense.count == "mass" and parsed.before(phrase) == "of"):
             continue
-        drawn = [o for o in draw(rng, lex.nouns.offers(phrase.sense)) if o.lemma not in said]
+        drawn = [o for o in draw(rng, _noun_offers(parsed, phrase, phrase.sense, lex)) if o.lemma not in said]
         for offer, form in [(o, form) for o in drawn if (form := noun_for_slot(o, phrase))][:OFFERS]:
             changes = {head: form} | _pronouns(parsed, phrase, offer, lex)
             texts.append(put(parsed, changes, caption))
@@ -191,6 +191,8 @@ def _exchangeable(parsed: Parsed, lex: Lexicon) -> Iterator[tuple[Phrase, Phrase
             yield a, b, same
 
 
+_ON, _IN = "lands one is on", "lands one is in"
+
 # -- nouns -------------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +205,13 @@ def _is_thing(parsed: Parsed, phrase: Phrase, lex: Lexicon) -> bool:
     if phrase.sense is None:
         return phrase.determiner in ("a", "an", "the")
     return phrase.sense.group not in ("day parts", "weather", "games")
+
+
+def _noun_offers(parsed: Parsed, phrase: Phrase, sense: Noun, lex: Lexicon) -> list[Noun]:
+    """What may stand in a noun's place; in a field one is in, where no caption says "in a beach"."""
+    if sense.group == _ON and parsed.before(phrase) in ("in", "into", "through"):
+        return lex.nouns.offered(_IN)
+    return lex.nouns.offers(sense)
 
 
 def _game_modifier(parsed: Parsed, phrase: Phrase, lex: Lexicon) -> Noun | None:

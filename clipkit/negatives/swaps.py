@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from clipkit.negatives.lexicon import Lexicon, Noun
 from clipkit.negatives.tagging import Parsed, Phrase, Token
@@ -25,6 +26,8 @@ def equivalent(parsed: Parsed, a: Phrase, b: Phrase, lex: Lexicon) -> str:
         return "worn"
     if not inside and _symmetric(between, a, b, lex):
         return "relation"
+    if animate(a) and animate(b) and _together(between, inside, lex):
+        return "relation"
     return ""
 
 
@@ -38,6 +41,20 @@ def _symmetric(between: tuple[Token, ...], a: Phrase, b: Phrase, lex: Lexicon) -
         return False
     rest = [token.lower for token in between if token is not verbs[0] and token.letter not in "BR"]
     return all(word in ("to", "with", "against") for word in rest)
+
+
+def _together(between: tuple[Token, ...], inside: list[Phrase], lex: Lexicon) -> bool:
+    """Whether two do one thing with each other: "lying in bed with", "holding hands with"."""
+    if not between or between[-1].lower != "with" or any(p.sense and p.sense.domain == "worn" for p in inside):
+        return False
+    verbs = [(token, following) for token, following in pairwise(between) if token.letter in "VG"]
+    return bool(verbs) and all(_is_mutual(verb, following, lex) for verb, following in verbs)
+
+
+def _is_mutual(verb: Token, following: Token, lex: Lexicon) -> bool:
+    base = lex.verbs.forms.get(verb.lower, ("", ""))[0]
+    hands = base in ("hold", "shake") and following.lower == "hands"
+    return hands or base in lex.postures or base in lex.symmetric_verbs
 
 
 def _is_posture(token: Token, lex: Lexicon) -> bool:

@@ -172,7 +172,9 @@ def _letter(word: str, tag: str, letters: str, before: str, before_noun: bool, f
         return _noun_letter(word, tag, previous, before, following, lex)
     if tag == "VBN" and previous in tuple("DPCJ") and before_noun:
         return "J"
-    return _BY_TAG.get(tag, "N" if tag.startswith("NN") else "O")
+    letter = _BY_TAG.get(tag, "N" if tag.startswith("NN") else "O")
+    owned = previous in tuple("PS") or before in ("a", "an", "the")
+    return "N" if letter == "V" and owned else letter  # "on their walk"
 
 
 def _attribute_letter(word: str, tag: str, previous: str, before_noun: bool, following: str, lex: Lexicon) -> str:

@@ -8,6 +8,7 @@ A copy that fails is tried again, then said and left out; it never ends the run.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ from clipkit.config import Config
 from clipkit.data.remote import filesystem, within
 from clipkit.data.web import Transient, shown
 from clipkit.errors import UserError
+from clipkit.model.spec import STEP, whole_checkpoints
 from clipkit.training.retention import for_good, kept
 
 TRIES, PAUSE_S = 4, 2.0
@@ -145,7 +147,8 @@ class Mirror:
         """Take away what need not stay, and what was never whole."""
         stay = kept(self._whole(), self._config)
         for name in {path.rpartition("/")[2] for path in self._listed("step_*")} - set(stay):
-            self._remove(name)
+            if re.fullmatch(STEP, name):
+                self._remove(name)
 
     def _remove(self, name: str) -> None:
         """The last file first: what is half gone is not whole."""
@@ -165,7 +168,8 @@ class Mirror:
     def _whole(self) -> list[str]:
         """Names of its whole checkpoints, oldest first."""
         self._store.invalidate_cache()
-        return sorted(path.split("/")[-2] for path in self._listed(f"step_*/{LAST}"))
+        names = (path.split("/")[-2] for path in self._listed(f"step_*/{LAST}"))
+        return sorted(name for name in names if re.fullmatch(STEP, name))
 
     def _listed(self, pattern: str) -> list[str]:
         return sorted(self._ask("glob", self._path(pattern)))
@@ -180,7 +184,7 @@ class Mirror:
 
 def _names(checkpoints: Path) -> list[str]:
     """Of whole checkpoints in a run's folder, oldest first."""
-    return sorted(path.name for path in checkpoints.glob("step_*"))
+    return [path.name for path in whole_checkpoints(checkpoints.parent)]
 
 
 def _say(text: str) -> None:

@@ -107,11 +107,16 @@ def plan(place: str, request: Request) -> Command | Manifest:
     return make(request)
 
 
-def _checked(request: Request, settings: Sequence[str] | None = None) -> Config:
-    """The config, whose batches the ranks can share out. Raises UserError before anything is started or queued."""
+def _checked(request: Request, settings: Sequence[str] | None = None, ranks: int | None = None) -> Config:
+    """The config, whose batches the ranks can share out: so many in all, else as many as were asked for, if any were.
+
+    Raises UserError before anything is started or queued.
+    """
     config = configuration.load(request.config, list(request.settings if settings is None else settings))
-    if request.ranks:
-        check_split(config, (request.nodes or 1) * request.ranks)
+    if ranks is None and request.ranks:
+        ranks = (request.nodes or 1) * request.ranks
+    if ranks:
+        check_split(config, ranks)
     return config
 
 
@@ -125,7 +130,7 @@ def local(request: Request) -> Command:
     """All ranks on this machine."""
     if (request.nodes or 1) > 1:
         raise UserError(f"--nodes {request.nodes}: --on local is this machine alone; take torchrun, slurm or k8s")
-    _checked(request)
+    _checked(request, ranks=request.ranks or _gpus_here())
     return _script("local.sh", request, *_count(request))
 
 
@@ -148,10 +153,11 @@ def torchrun(request: Request) -> Command:
 
 def deepspeed(request: Request) -> Command:
     """This machine, or all hosts of a hostfile."""
-    _checked(request, ["engine.kind=deepspeed", *request.settings])  # in the script's order
+    settings = ["engine.kind=deepspeed", *request.settings]  # in the script's order
     if request.hostfile is None:
         if (request.nodes or 1) > 1:
             raise UserError(f"--nodes {request.nodes}: name them: --hostfile FILE, with a line `HOST slots=GPUS` each")
+        _checked(request, settings, request.ranks or _gpus_here())
         return _script("deepspeed.sh", request, *_count(request))
     hosts = _hosts(request.hostfile)
     if request.nodes is not None and request.nodes != len(hosts):
@@ -160,6 +166,7 @@ def deepspeed(request: Request) -> Command:
         raise UserError(
             f"{request.hostfile}: {different[0]} has {hosts[different[0]]} slots, --gpus says {request.gpus}"
         )
+    _checked(request, settings, sum(hosts.values()))
     return _script("deepspeed.sh", request, "-H", str(request.hostfile))
 
 
@@ -203,6 +210,14 @@ def _count(request: Request) -> Sequence[str]:
     return ("-n", str(request.ranks)) if request.ranks else ()
 
 
+def _gpus_here() -> int:
+    """Of this machine, 1 where there are none: the ranks that the scripts start by themselves, counted as they do."""
+    if not shutil.which("nvidia-smi"):
+        return 1
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return max(len(listed.stdout.splitlines()), 1)
+
+
 def _gpus(request: Request, place: str) -> tuple[int, int]:
     if request.gpus is None or request.ranks is None:
         raise UserError(f"--on {place}: say how many GPUs a node has: --gpus N (0: one process a node, without GPU)")
@@ -210,10 +225,10 @@ def _gpus(request: Request, place: str) -> tuple[int, int]:
 
 
 def _hosts(file: Path) -> dict[str, int]:
-    """Host → slots of a DeepSpeed hostfile."""
+    """Host → slots of a DeepSpeed hostfile. Raises UserError for one that its launcher could not follow."""
     if not file.is_file():
         raise UserError(f"{file}: no such hostfile")
-    hosts = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(file.read_text().splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -221,6 +236,10 @@ def _hosts(file: Path) -> dict[str, int]:
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if not found:
             raise UserError(f"{file}, line {number}: is written `HOST slots=GPUS`, found {text!r}")
+        if found[1] in hosts:
+            raise UserError(f"{file}, line {number}: names {found[1]} again; give it one line with all its slots")
+        if int(found[2]) < 1:
+            raise UserError(f"{file}, line {number}: {found[1]} has {found[2]} slots; give it 1 or more, or no line")
         hosts[found[1]] = int(found[2])
     if not hosts:
         raise UserError(f"{file}: names no host; a line is written `HOST slots=GPUS`")

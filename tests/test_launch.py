@@ -81,10 +81,39 @@ def test_a_hostfile_says_which_nodes(tmp_path: Path) -> None:
     assert "node1 has 8 slots, --gpus says 4" in wrong(
         "launch", "debug", "--on", "deepspeed", "--hostfile", hosts, "--gpus", "4"
     )
+    hosts.write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
+    assert "batch_size: 32 pairs cannot be split evenly over 3 ranks" in wrong(
+        "launch", "debug", "--on", "deepspeed", "--hostfile", hosts, "--dry-run"
+    )
     hosts.write_text("node1 8\n")
     assert "line 1: is written `HOST slots=GPUS`, found 'node1 8'" in wrong(
         "launch", "debug", "--on", "deepspeed", "--hostfile", hosts
     )
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("node1 slots=4", "line 2: names node1 again; give it one line with all its slots"),
+        ("node2 slots=0", "line 2: node2 has 0 slots; give it 1 or more, or no line"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_followed(second: str, said: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"node1 slots=4\n{second}\n")
+    assert said in wrong("launch", "debug", "--on", "deepspeed", "--hostfile", hosts, "--dry-run")
+
+
+@pytest.mark.parametrize("place", ["local", "deepspeed"])
+def test_the_gpus_here_share_the_batch_out(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without --gpus the scripts start one rank a GPU."""
+    lists = tmp_path / "nvidia-smi"
+    lists.write_text("#!/bin/sh\necho GPU 0\necho GPU 1\necho GPU 2\n")
+    lists.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = wrong("launch", "debug", "--on", place, "--dry-run")
+    assert "batch_size: 32 pairs cannot be split evenly over 3 ranks" in said
+    assert line("debug", "--on", place, "batch_size=33").endswith("debug batch_size=33")
 
 
 def test_values_with_spaces_and_quotes_arrive_as_they_were(tmp_path: Path) -> None:

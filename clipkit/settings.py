@@ -202,6 +202,8 @@ class TeacherConfig(Section):
 class OptimConfig(Section):
     """AdamW or Lion with warm-up; weight decay never touches norms, biases, scale or bias."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     kind: Literal["adamw", "lion"] = "adamw"
     """`lion` (arXiv 2302.06675) keeps one moment, not two; its authors take a third to a tenth of AdamW's `lr` and as
     many times its `weight_decay`."""

@@ -102,6 +102,8 @@ def equal(default: Any, value: Any) -> bool:
         ("optim.wramup", "5", "optim.wramup: no such setting; did you mean warmup?"),
         ("optim.warmup", "soon", 'optim.warmup: should be a whole number, got "soon"'),
         ("batchsize", "5", "batchsize: no such setting; did you mean batch_size?"),
+        ("optim.lr", "inf", 'optim.lr: should be a finite number, got "inf"'),
+        ("optim.weight_decay", ".nan", "optim.weight_decay: should be a finite number, got nan"),
         ("data.on_error", "ignore", "data.on_error: should be 'raise' or 'skip', got \"ignore\""),
         ("model.image.sise", "5", "model.image.sise: no such setting; did you mean size?"),
         ("objective.infonse", "{}", "objective.infonse: no such setting; did you mean infonce?"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipkit.commands.arguments import ConfigFile, Json, Settings
 from clipkit.commands.output import STDOUT, print_tables, write_json
+from clipkit.errors import UserError
 
 if TYPE_CHECKING:
     from clipkit.training.budget import Budget
@@ -33,6 +35,9 @@ def plan(
     from clipkit import config as configuration
     from clipkit.training.budget import Budget, pairs_indexed
 
+    for option, number in (("--memory", memory * GB), ("--tflops", tflops or 0.0)):
+        if not math.isfinite(number):
+            raise UserError(f"{option}: should be a finite number, found {number:g}; give what one GPU has")
     checked = configuration.load(config, settings or ())
     budget = Budget(checked, gpus)
     pairs, total = pairs_indexed(checked.data), budget.flops_a_sample * checked.steps * checked.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -78,9 +79,13 @@ def _square(value: Float[Tensor, ""], tables: list[Tensor]) -> Float[Tensor, ""]
 
 
 def temperatures(terms: dict[str, dict[str, Any]], scale: float, aligned: float) -> dict[str, float]:
-    """The temperature 1/scale and, as `temperature/TERM`, that of a term which makes it follow the mean cosine."""
-    found = {"temperature": 1 / scale}
+    """The temperature 1/scale and, as `temperature/TERM`, that of a term which makes it follow the mean cosine.
+
+    Infinite where a run has gone so wrong that its scale is 0: it is for the guard to say what becomes of it.
+    """
+    temperature = 1 / scale if scale else math.inf
+    found = {"temperature": temperature}
     if "macl" in terms:
         settings = {name: value for name, value in terms["macl"].items() if name in ("alpha", "a0")}
-        found["temperature/macl"] = float(macl_warmth(torch.tensor(aligned), **settings)) / scale
+        found["temperature/macl"] = float(macl_warmth(torch.tensor(aligned), **settings)) * temperature
     return found

@@ -95,3 +95,8 @@ def test_temperatures():
     aligned = float((z.image * z.text).sum(1).mean())
     found = temperatures({"macl": {"weight": 2.0, "alpha": 0.5}}, 10.0, aligned)
     assert found == pytest.approx({"temperature": 0.1, "temperature/macl": 0.1267029999}, abs=1e-7)
+
+
+def test_a_scale_of_nothing_is_an_infinite_temperature():
+    infinite = {"temperature": float("inf"), "temperature/macl": float("inf")}
+    assert temperatures({"macl": {}}, 0.0, 0.3) == infinite

@@ -242,6 +242,7 @@ def test_the_command(tiny_shards: str, tmp_path: Path) -> None:
     assert found["steps"] == 20 and found["epochs"] is None and found["fits"]
     assert found["time_s"] == pytest.approx(found["flops_a_sample"] * 640 / (4 * 10e12 * 0.3))
     assert "cannot be split evenly over 5 ranks" in wrong("plan", "debug", "--gpus", "5")
+    assert "--memory: should be a finite number, found inf" in wrong("plan", "debug", "--memory", "inf")
 
 
 def test_epochs_are_known_where_shards_are_indexed(tiny_shards: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipkit.config import Config
+from clipkit.errors import UserError
 from clipkit.training.loop import train
 
 
@@ -38,3 +39,13 @@ def test_what_is_sampled_leaves_the_run_as_it_is(tiny_tree: dict):
         assert line["temperature"] == pytest.approx(1 / line["scale"])
         assert line["temperature/macl"] == pytest.approx((1 + 0.5 * line["cosine/positive"]) / line["scale"])
         assert line["same_picture"] == 0.0
+
+
+def test_a_run_gone_to_ruin_is_logged_until_the_guard_ends_it(tiny_tree: dict):
+    """Its scale is 0 before its loss is nan: the line leaves the temperature out, which is infinite."""
+    tree = tiny_tree | {"optim": {"lr": 1000.0, "schedule": "constant"}, "objective": {"infonce": {}}}
+    config = Config.model_validate(tree | {"teacher": {"kind": "none"}})
+    with pytest.raises(UserError, match="steps in a row were skipped, their loss or gradient not finite"):
+        train(config)
+    ruined = [line for line in lines(config.run_folder) if line["scale"] == 0.0]
+    assert ruined and all("temperature" not in line for line in ruined)

@@ -75,6 +75,8 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
     start = checkpoints.restore() if resume else 0
     loader = _loader(config, index, plan, model, features)
     stopping = Stopping(config, folder, start) if config.stop.metric else None
+    if distributed.is_main():
+        _write_config(config, folder)
     last = start
     with guard, checkpoints, RunLog(folder, config, start) as log:
         if stopping and not stopping.knows(start):
@@ -125,7 +127,7 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
 
 
 def _open_run(config: Config, resume: bool) -> Path:
-    """The run folder with its resolved config. Refuses to write over another run."""
+    """The run folder. Refuses to write over another run."""
     folder = config.run_folder
     begun = bool(whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
     if begun and not resume:
@@ -133,9 +135,25 @@ def _open_run(config: Config, resume: bool) -> Path:
     if not config.data.train and not config.data.sources:
         raise UserError("data.train: names no shards; set it to tar files or globs")
     if int(os.environ.get("RANK", "0")) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(configuration.dump(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
     return folder
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    """The resolved config, when nothing speaks against it any more: a resume that is refused leaves the run's own."""
+    part = folder / "config.tmp"
+    try:
+        part.write_text(configuration.dump(config))
+        os.replace(part, folder / "config.yaml")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: the run cannot be written there: {error.strerror}; choose another name= or out=")
 
 
 def _seed(seed: int) -> None:

@@ -28,7 +28,8 @@ class Stopping:
     """Judges evaluations against all earlier ones. Every rank holds the same and calls each method, together.
 
     One is better when no earlier one comes within `stop.least` of it in everything that is looked at: the one metric,
-    or recognition and composition. Raises UserError, before anything is trained, for a suite that lacks what it needs.
+    or recognition and composition. Raises UserError, before anything is trained, for a suite that lacks what it needs,
+    and for a run that has been judged by another metric.
     """
 
     def __init__(self, config: Config, folder: Path, start: int):
@@ -38,7 +39,8 @@ class Stopping:
         self.lines: list[dict[str, Any]] = [
             line for line in distributed.gather_objects(lines)[0] if line["step"] <= start
         ]
-        """{"step", "values", "better"} of every evaluation."""
+        """{"step", "metric", "values", "better"} of every evaluation."""
+        _check_metric(self.lines, self._stop.metric, self._file)
 
     def knows(self, step: int) -> bool:
         """Whether the evaluation after this step has been judged."""
@@ -54,7 +56,7 @@ class Stopping:
         """Take an evaluation in; the model is kept where it is now the best."""
         values = self._values(results)
         better = self._allowed(values) and not any(self._as_good(line["values"], values) for line in self.lines)
-        self.lines.append({"step": step, "values": values, "better": better})
+        self.lines.append({"step": step, "metric": self._stop.metric, "values": values, "better": better})
         if not distributed.is_main():
             return
         if self.best == step:
@@ -95,6 +97,15 @@ class Stopping:
 
 def _whole_lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
+
+
+def _check_metric(lines: list[dict[str, Any]], metric: str, file: Path) -> None:
+    """Values of two metrics cannot be compared; lines that name none are taken as the run's own."""
+    if other := next((line for line in lines if line.get("metric", metric) != metric), None):
+        raise UserError(
+            f"{file}: step {other['step']} was judged by {other['metric']}, and stop.metric is {metric}; resume with "
+            f"stop.metric={other['metric']}, or start a new run"
+        )
 
 
 def _check(config: Config) -> None:

@@ -119,6 +119,21 @@ def test_killed_and_resumed_it_ends_as_if_never_killed(tree: dict, tmp_path: Pat
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("own_pairs", "pareto"), ("pareto", "own_pairs"), ("own_pairs", "own_pairs:median_rank")]
+)
+def test_another_metric_is_refused_at_resume(tree: dict, old: str, new: str, monkeypatch: pytest.MonkeyPatch):
+    planted([(0.1 * n, 0.1 * n) for n in range(11)], monkeypatch)
+    folder = run(tree | {"stop": {"metric": old}, "samples": tree["evaluate_every"]})
+    assert {line["metric"] for line in lines(folder)} == {old}
+    before = {name: (folder / name).read_text() for name in ("config.yaml", "evaluations.jsonl")}
+    said = f"judged by {old}, and stop.metric is {new}; resume with stop.metric={old}, or start a new run"
+    with pytest.raises(UserError, match=re.escape(said)):
+        run(tree | {"stop": {"metric": new}}, resume=True)
+    assert before == {name: (folder / name).read_text() for name in before}
+    run(tree | {"stop": {"metric": old}}, resume=True)
+
+
 @pytest.mark.parametrize("metric", ["own_classes", "own_classes:median_rank"])
 def test_one_metric(tree: dict, metric: str, monkeypatch: pytest.MonkeyPatch):
     """Of ranks less is better; an equal evaluation is no better."""

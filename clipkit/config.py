@@ -71,7 +71,7 @@ class Config(Section):
     mirror: str = ""
     """Folder or URL (s3://, gs://, ...) that every checkpoint is copied to, and from where a lost run resumes."""
     evaluate_every: Count = 0
-    """Samples between two evaluations while training; 0: none."""
+    """Samples between two evaluations while training, the last of them at the end; 0: none."""
     suite: str = ""
     """Benchmarks run by the evaluation hook: a suite name or file (eval/suites.yaml)."""
     stop: StopConfig = StopConfig()

@@ -126,6 +126,10 @@ class RunLog:
         self._line_mark += pause
         self._mark += pause
 
+    def knows(self, step: int) -> bool:
+        """Whether the evaluation after this step is written down. All ranks ask together."""
+        return distributed.gather_objects(self._writer is not None and self._writer.knows(step))[0]
+
     def _line(
         self,
         step: int,
@@ -211,6 +215,10 @@ class _Writer:
         if "loss" in row:
             terms = " ".join(f"{k.removeprefix('term/')} {v:.3f}" for k, v in row.items() if k.startswith("term/"))
             self._bar.update(self._task, shown=f"loss {row['loss']:.3f} ({terms}) {row['samples_per_s']:.0f} samples/s")
+
+    def knows(self, step: int) -> bool:
+        rows = map(json.loads, Path(self._file.name).read_text().splitlines())
+        return any(row["step"] == step and "evaluation" in row for row in rows)
 
     def event(self, step: int, row: dict[str, Any], said: str, file: str = "skipped") -> None:
         with self._events[file].open("a") as lines:

@@ -123,6 +123,8 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
         if start < last:
             checkpoints.save(last)
         checkpoints.finish()
+        if config.evaluate_every and last == config.steps and not (guard.stopping or (stopping or log).knows(last)):
+            _evaluate(config, engine, folder, log, stopping, last)
     return last, last == config.steps or bool(stopping and stopping.enough)
 
 
@@ -183,7 +185,7 @@ def _loader(
 
 
 def _due(step: int, every_samples: int, config: Config) -> bool:
-    """Whether this step crosses a multiple of `every_samples` (the last step is saved by the caller anyway)."""
+    """Whether this step crosses a multiple of `every_samples` (the last one is the caller's matter)."""
     if not every_samples or step >= config.steps:
         return False
     return step * config.batch_size // every_samples > (step - 1) * config.batch_size // every_samples

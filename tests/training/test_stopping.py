@@ -119,6 +119,40 @@ def test_killed_and_resumed_it_ends_as_if_never_killed(tree: dict, tmp_path: Pat
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
 
 
+def evaluated(folder: Path) -> list[int]:
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in log if "evaluation" in line]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(20, [20]), (8, [8, 16, 20]), (5, [5, 10, 15, 20])])
+@pytest.mark.parametrize("metric", ["", "own_classes"])
+def test_the_last_step_is_evaluated_once(
+    tree: dict, metric: str, every: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """With a metric to stop by, what there was before the first step too; nothing more when it is taken up again."""
+    asked = planted([(0.1 * n, 0.5) for n in range(6)], monkeypatch)
+    tree |= {"evaluate_every": every * tree["batch_size"], "stop": {"metric": metric}}
+    folder = run(tree)
+    expected = [0, *steps] if metric else steps
+    assert evaluated(folder) == expected and len(asked) == len(expected)
+    if metric:
+        assert [line["step"] for line in lines(folder)] == expected
+        assert json.loads((folder / "best" / "model.json").read_text())["evaluation"]["step"] == 20
+    run(tree, resume=True)
+    assert evaluated(folder) == expected and len(asked) == len(expected)
+
+
+@pytest.mark.parametrize("metric", ["", "own_classes"])
+def test_killed_in_its_last_evaluation_a_run_makes_up_for_it(tree: dict, metric: str, monkeypatch: pytest.MonkeyPatch):
+    tree |= {"evaluate_every": tree["samples"], "stop": {"metric": metric}}
+    places = [(0.5, 0.5)] if metric else []
+    planted(places, monkeypatch)  # and no more: the last evaluation raises
+    with pytest.raises(IndexError):
+        run(tree)
+    planted([(0.6, 0.5)], monkeypatch)
+    assert evaluated(run(tree, resume=True)) == ([0, 20] if metric else [20])
+
+
 @pytest.mark.parametrize(
     ("old", "new"), [("own_pairs", "pareto"), ("pareto", "own_pairs"), ("own_pairs", "own_pairs:median_rank")]
 )

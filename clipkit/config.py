@@ -73,7 +73,7 @@ class Config(Section):
     evaluate_every: Count = 0
     """Samples between two evaluations while training, the last of them at the end; 0: none."""
     suite: str = ""
-    """Benchmarks run by the evaluation hook: a suite name or file (eval/suites.yaml)."""
+    """Benchmarks run by the evaluation hook: a suite of eval/suites.yaml, or FILE:NAME of another such file."""
     stop: StopConfig = StopConfig()
     roots: dict[str, str] = {}
     """Where benchmark sources lie: `source: path`."""

@@ -302,7 +302,12 @@ def suites(file: str | Path = "") -> dict[str, list[str]]:
 
 
 def suite(name: str) -> list[str]:
-    """Benchmark names of a packaged suite (a suite may name suites) or of one in a suites file, `FILE:NAME`."""
+    """Benchmark names of a packaged suite (a suite may name suites) or of one in a suites file, `FILE:NAME`.
+
+    Raises UserError.
+    """
+    if name.endswith((".yaml", ".yml")):
+        raise UserError(f"{name}: a suite in a file is written FILE:NAME{did_you_mean('', suites(name))}")
     file, _, wanted = name.rpartition(":")
     known = suites(file)
     if wanted not in known:

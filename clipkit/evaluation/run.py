@@ -30,6 +30,10 @@ PREPARE: dict[str, Callable[..., Task]] = {
 """Kind -> how its data is found and read; the task it returns scores itself."""
 
 
+ROOTS = f"--root SOURCE=FOLDER_OR_TAR (SOURCE '{EVERYWHERE}': a folder with all of them)"
+MISSING = "; --allow-missing evaluates what is there and reports the coverage"
+
+
 def evaluate(
     model: Model,
     suite: str | None = None,
@@ -56,9 +60,8 @@ def evaluate(
     """
     from clipkit.distributed import is_main
 
-    chosen = [data.load(name) for name in _names(suite, benchmarks)]
     places = Roots(roots)
-    tasks = _prepared(chosen, places, allow_missing)
+    tasks = _prepared(_names(suite, benchmarks), places, allow_missing, f"{ROOTS}{'' if allow_missing else MISSING}")
     seen = leakage.read_seen(trained_on) if trained_on else set()
     store = Store(model, None if cache is True else Path(cache)) if cache else None
     embedder = Embedder(model, places, batch_size=batch_size, progress=show, store=store)
@@ -81,6 +84,15 @@ def evaluate(
     return results
 
 
+def check_suite(suite: str, roots: Mapping[str, str | Path]) -> None:
+    """Read what a run's evaluations will, before it trains. Raises the one UserError that the first of them would."""
+    where = f"roots={{SOURCE: FOLDER_OR_TAR}} (SOURCE '{EVERYWHERE}': a folder with all of them)"
+    try:
+        _prepared(_names(suite, None), Roots(roots), False, where)
+    except UserError as error:
+        raise UserError(f"suite: {error}") from None
+
+
 def _names(suite: str | None, benchmarks: Sequence[str | Path] | None) -> list[str | Path]:
     names: list[str | Path] = [*(data.suite(suite) if suite else []), *(benchmarks or [])]
     if not names:
@@ -88,21 +100,18 @@ def _names(suite: str | None, benchmarks: Sequence[str | Path] | None) -> list[s
     return list(dict.fromkeys(names))
 
 
-def _prepared(chosen: list[Benchmark], roots: Roots, allow_missing: bool) -> list[Task]:
+def _prepared(names: list[str | Path], roots: Roots, allow_missing: bool, remedy: str) -> list[Task]:
+    """All benchmarks, read. Raises one UserError for everything that is missing; `remedy` says how to give roots."""
     tasks: list[Task] = []
     problems = []
-    for benchmark in chosen:
+    for benchmark in [data.load(name) for name in names]:
         roots.sources.update(benchmark.sources)
         try:
             tasks.append(PREPARE[benchmark.kind](benchmark, roots, allow_missing))
         except UserError as error:
             problems.append(f"{benchmark.name}: {error}")
     if problems:
-        hint = (
-            f"say where sources lie: --root SOURCE=FOLDER_OR_TAR (SOURCE '{EVERYWHERE}': a folder with all of them)"
-            + ("" if allow_missing else "; --allow-missing evaluates what is there and reports the coverage")
-        )
-        raise UserError("\n".join([*problems, hint]))
+        raise UserError("\n".join([*problems, f"say where sources lie: {remedy}"]))
     return tasks
 
 

@@ -19,7 +19,7 @@ from clipkit.data.mixture import Mixture, open_data
 from clipkit.data.plan import Plan
 from clipkit.data.shards import Index
 from clipkit.errors import Stopped, UserError
-from clipkit.evaluation.run import evaluate
+from clipkit.evaluation.run import check_suite, evaluate
 from clipkit.model.dual_encoder import DualEncoder, build
 from clipkit.model.teacher import Teacher
 from clipkit.negatives.online import online
@@ -129,13 +129,15 @@ def _train(config: Config, engine: Engine, folder: Path, mirror: Mirror | None, 
 
 
 def _open_run(config: Config, resume: bool) -> Path:
-    """The run folder. Refuses to write over another run."""
+    """The run folder. Refuses to write over another run, and what would end this one hours later."""
     folder = config.run_folder
     begun = bool(whole_checkpoints(folder)) or (folder / "metrics.jsonl").is_file()
     if begun and not resume:
         raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name= or out=")
     if not config.data.train and not config.data.sources:
         raise UserError("data.train: names no shards; set it to tar files or globs")
+    if config.evaluate_every:
+        check_suite(config.suite, config.roots)
     if int(os.environ.get("RANK", "0")) == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)

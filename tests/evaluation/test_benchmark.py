@@ -52,6 +52,8 @@ def test_suites(name):
 def test_own_suite_file(tmp_path):
     (tmp_path / "mine.yaml").write_text("small: [cifar10]\nboth: [small, flowers5]\n")
     assert data.suite(f"{tmp_path}/mine.yaml:both") == ["cifar10", "flowers5"]
+    with pytest.raises(UserError, match="mine.yaml: a suite in a file is written FILE:NAME; valid names: both, small"):
+        data.suite(f"{tmp_path}/mine.yaml")
 
 
 @pytest.mark.parametrize(("name", "hint"), [("wrold", "did you mean world"), ("cifar", "did you mean cifar10")])

@@ -49,6 +49,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stopping.benchmark, "suite", lambda name: list(BENCHMARKS))
     monkeypatch.setattr(stopping.benchmark, "load", Named)
+    monkeypatch.setattr(loop, "check_suite", lambda suite, roots: None)
 
 
 def run(tree: dict, resume: bool = False) -> Path:
@@ -229,3 +230,19 @@ def test_pareto_needs_both_kinds(tree: dict, monkeypatch: pytest.MonkeyPatch):
         match="stop.metric: pareto needs zero-shot and compositional benchmarks; suite own has no zeroshot one",
     ):
         run(tree)
+
+
+@pytest.mark.parametrize("stop", [{}, {"metric": "world_dev_object"}])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": "wrold"}, "suite: no suite called wrold; did you mean world?"),
+        ({"suite": "nothing.yaml:mine"}, "suite: nothing.yaml: not a readable YAML file"),
+        ({"suite": "world_dev"}, r"world_dev: source world .* has no root[\s\S]*roots=\{SOURCE: FOLDER_OR_TAR\}"),
+        ({"suite": "world_dev", "roots": {"world": "nowhere"}}, "roots: world=nowhere: no such folder or tar"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_training(tree: dict, stop: dict, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        run(tree | {"stop": stop} | changes)
+    assert not Path(tree["out"].format(name="tiny")).exists()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
@@ -82,7 +81,7 @@ class Audit:
     captions: int
     pictures: int
     kinds: dict[str, Kind]
-    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain names and numbers."""
@@ -108,7 +107,8 @@ def audit(stored: Stored, *, seed: int = 0) -> Audit:
         chosen = stored.of_kind(None if name == ALL else name)
         kinds[name] = _kind(stored, cues, name, chosen, seed)
     pictures = len(set(stored.pictures))
-    return Audit(len(stored.captions), pictures, kinds, dict(stored.dropped))
+    dropped = {kind: dict(reasons) for kind, reasons in stored.dropped.items()}  # asdict cannot copy a Counter
+    return Audit(len(stored.captions), pictures, kinds, dropped)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from clipkit.negatives.audit.page import page
 from clipkit.negatives.audit.stored import UNNAMED, Stored, read_stored
 from clipkit.negatives.make import Recipe, make, negatives
 from tests.markup import Markup
+from tests.typed import well
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ball", "box", "cup", "hat", "coat", "car")
@@ -111,6 +112,17 @@ def test_sampled_and_counted(shards: Path, tmp_path: Path) -> None:
     report = make(tmp_path / "none.tar", tmp_path / "made", kinds=["replace_nouns"], workers=1, progress=False)
     made = read_stored(tmp_path / "made")
     assert made.made == report.kinds and made.counts(False, "replace_nouns")[0] == 1
+
+
+def test_what_filters_dropped_is_told(tmp_path: Path) -> None:
+    captions = ["a cat on a dog", "a dog on a cat"]  # each is what the other becomes
+    write_shard([Sample("a", b"\xff\xd8", "jpg", captions)], tmp_path / "s.tar")
+    make(tmp_path / "s.tar", tmp_path / "made", kinds=["swap_nouns", "reshuffle"], workers=1, progress=False)
+    files = ["--json", tmp_path / "a.json", "--html", tmp_path / "a.html"]
+    well("negatives", "audit", tmp_path / "made", *files)
+    dropped = json.loads((tmp_path / "a.json").read_text())["dropped"]
+    assert sum(dropped["swap_nouns"].values()) >= 2
+    assert "Candidates dropped" in (tmp_path / "a.html").read_text()
 
 
 class Guide:

@@ -41,20 +41,24 @@ _FRESH = 1000
 
 @dataclass(frozen=True)
 class Balanced:
-    """One kind (or all) before and after, with how many negatives stayed; `after` is None where none did."""
+    """One kind (or all) before and after, with how many negatives stayed; `after` is None where none did.
+
+    `note` says what became of the target, where the kind was not simply brought to it.
+    """
 
     before: Told
     after: Told | None
     count: int
     left: int
+    note: str = ""
 
     def row(self, name: str) -> tuple[Any, ...]:
-        """(kind, negatives, left, AUC before, after, interval, told from their caption before, after)."""
+        """(kind, negatives, left, AUC before, after, interval, told from their caption before, after, note)."""
         after = self.after
         return (
             name, self.count, self.left, f"{self.before.auc:.3f}", f"{after.auc:.3f}" if after else "",
             f"{after.low:.3f} to {after.high:.3f}" if after else "", f"{self.before.pairs:.1%}",
-            f"{after.pairs:.1%}" if after else "",
+            f"{after.pairs:.1%}" if after else "", self.note,
         )  # fmt: skip
 
 
@@ -76,10 +80,9 @@ def balance(stored: Stored, target: float, *, seed: int = 0) -> Balance:
     """Drop negatives of each kind, and then of all, until held-out AUC is at most `target`.
 
     Kinds of fewer than FEWEST negatives are judged with the others only. Raises UserError for a target that nothing
-    can reach.
+    can reach, for fewer than FEWEST negatives, and where none would be left.
     """
-    if not 0.5 < target <= 1.0:
-        raise UserError(f"--balance {target}: between 0.5 (nothing can be told) and 1")
+    _check(stored, target)
     cues = blind.cues_of([*stored.captions, *stored.texts])
     names = stored.kinds_by_count()
     groups = {name: stored.of_kind(name) for name in names}
@@ -90,11 +93,12 @@ def balance(stored: Stored, target: float, *, seed: int = 0) -> Balance:
     both = _thin(stored, cues, np.sort(np.concatenate([*left.values()])), target, seed)
     stays = np.zeros(len(stored.texts), bool)
     stays[both] = True
+    _check_left(stays, target)
     kinds = {}
     for name, group in {ALL: everything, **groups}.items():
         kept = group[stays[group]]
         after = read_blindly(stored, cues, kept, seed + _FRESH).told if len(kept) else None
-        kinds[name] = Balanced(before[name], after, len(group), len(kept))
+        kinds[name] = Balanced(before[name], after, len(group), len(kept), _note(len(group), after, target))
     return Balance(stays, kinds)
 
 
@@ -106,8 +110,7 @@ def reweigh(stored: Stored, target: float, *, seed: int = 0) -> Balance:
     where AUC ceases to fall, or fewer than FEWEST negatives would carry it (the effective number, (Σw)² / Σw²). Kinds
     of fewer than FEWEST negatives are weighed with the others only. Raises UserError as `balance`.
     """
-    if not 0.5 < target <= 1.0:
-        raise UserError(f"--balance {target}: between 0.5 (nothing can be told) and 1")
+    _check(stored, target)
     cues = blind.cues_of([*stored.captions, *stored.texts])
     groups = {name: stored.of_kind(name) for name in stored.kinds_by_count()}
     before = {name: read_blindly(stored, cues, group, seed).told for name, group in groups.items()}
@@ -117,17 +120,47 @@ def reweigh(stored: Stored, target: float, *, seed: int = 0) -> Balance:
     for group in groups.values():
         if len(group) >= FEWEST:
             weights[group] = _weigh(stored, cues, group, weights[group], target, seed)
+    _check_left(weights > 0, target)
     both = everything[weights[everything] > 0]
     weights[both] = _weigh(stored, cues, both, weights[both], target, seed)
     for group in groups.values():
         if weights[group].sum() > 0:
             weights[group] /= weights[group].mean()
+    _check_left(weights > 0, target)
     kinds = {}
     for name, group in {ALL: everything, **groups}.items():
         kept = group[weights[group] > 0]
         after = read_blindly(stored, cues, kept, seed + _FRESH, weight=weights[kept]).told if len(kept) else None
-        kinds[name] = Balanced(before[name], after, len(group), len(kept))
+        kinds[name] = Balanced(before[name], after, len(group), len(kept), _note(len(group), after, target))
     return Balance(weights > 0, kinds, weights)
+
+
+def _check(stored: Stored, target: float) -> None:
+    """Raises UserError for a target that nothing can reach, and for too few negatives."""
+    if not 0.5 < target <= 1.0:
+        raise UserError(f"--balance {target}: between 0.5 (nothing can be told) and 1")
+    if len(stored.texts) < FEWEST:
+        raise UserError(
+            f"--balance {target}: {len(stored.texts)} negatives are too few to be judged, it takes {FEWEST}; "
+            "make more of them (clipkit negatives make --per-kind)"
+        )
+
+
+def _check_left(stays: np.ndarray, target: float) -> None:
+    """Raises UserError where no negative stays."""
+    if not stays.any():
+        raise UserError(
+            f"--balance {target}: leaves none of {len(stays)} negatives, fewer than {FEWEST} would be at it; take a "
+            "higher AUC, or make more negatives (clipkit negatives make --per-kind)"
+        )
+
+
+def _note(count: int, after: Told | None, target: float) -> str:
+    """What is to be said of a kind of `count` negatives that was not simply brought to the target."""
+    if after is None:
+        return "left out"
+    notes = ["too few to be balanced alone"] * (count < FEWEST) + ["above the target"] * (after.auc > target)
+    return ", ".join(notes)
 
 
 def _weigh(

@@ -13,7 +13,7 @@ COLUMNS = (
     "kind", "negatives", "captions with one", "words", "captions' words", "candidates kept", "AUC", "95 % interval",
     "told from its caption",
 )  # fmt: skip
-BALANCED = ("kind", "negatives", "left", "AUC", "AUC after", "95 % interval", "told", "told after")
+BALANCED = ("kind", "negatives", "left", "AUC", "AUC after", "95 % interval", "told", "told after", "note")
 ABOUT = (
     "AUC is how often a classifier that sees texts only, none of them of the same picture, puts a negative above a "
     "caption: 0.5 where the text says nothing, 1 where the picture is not needed. The last column is the share of "

@@ -20,7 +20,7 @@ from clipkit.negatives.audit.page import page
 from clipkit.negatives.audit.stored import UNNAMED, Stored, read_stored
 from clipkit.negatives.make import Recipe, make, negatives
 from tests.markup import Markup
-from tests.typed import well
+from tests.typed import well, wrong
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ball", "box", "cup", "hat", "coat", "car")
@@ -95,6 +95,24 @@ def test_balanced_shards_lack_what_is_told(shards: Path, balanced: Balance, tmp_
         write_balanced(shards, tmp_path / "out", balanced.stays)
     with pytest.raises(UserError, match="between 0.5"):
         balance(stored, 0.5)
+
+
+@pytest.mark.parametrize("by", ["drop", "weight"])
+@pytest.mark.parametrize("count, message", [(60, "60 negatives are too few"), (120, "leaves none of 120 negatives")])
+def test_nothing_is_written_where_nothing_could_be_left(tmp_path: Path, count: int, message: str, by: str) -> None:
+    made = [{"text": "a ball beneath", "kind": "told"}]
+    pairs = (Sample(f"p{n}", b"\xff\xd8", "jpg", ["a ball"], {"negatives": [made]}) for n in range(count))
+    write_shard(pairs, tmp_path / "s.tar")
+    files = ["--out", tmp_path / "out", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html"]
+    assert message in wrong("negatives", "audit", tmp_path / "s.tar", "--balance", "0.65", "--by", by, *files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.tar"]
+
+
+def test_kinds_that_are_not_balanced_are_named(found: Audit, balanced: Balance) -> None:
+    few = "too few to be balanced alone, above the target"
+    notes = {name: kind.note for name, kind in balanced.kinds.items()}
+    assert notes == {ALL: "", "fair": "", "told": "left out", UNNAMED: few}
+    assert balanced.kinds[UNNAMED].row(UNNAMED)[-1] == few and few in page(found, "", balanced)
 
 
 def test_page_holds_everything_and_no_markup_of_others(found: Audit, balanced: Balance) -> None:

@@ -41,15 +41,19 @@ def make(
         int, typer.Option(min=0, metavar="N", help="Drop those with neighbouring words in fewer than N captions.")
     ] = 0,
     workers: Workers = 2,
+    overwrite: Overwrite = False,
     json_path: Json = None,
 ) -> None:
     """Add hard-negative captions to shards, by rules.
 
-    Shards finished by an earlier call with the same settings are kept.
+    Shards finished by an earlier call with the same settings are kept; those that something else wrote there stay,
+    unless --overwrite.
     """
     from clipkit.negatives.make import make
 
-    report = make(shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, usual=usual, workers=workers)
+    report = make(
+        shards, out, kinds=words(kinds), per_kind=per_kind, seed=seed, usual=usual, workers=workers, overwrite=overwrite
+    )
     if json_path:
         write_json(report.to_json(), json_path)
     if json_path != STDOUT:
@@ -104,6 +108,7 @@ def ask(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=JSON", help="Fields of a request: temperature=0.2.")
     ] = None,
+    overwrite: Overwrite = False,
     json_path: Json = None,
 ) -> None:
     """Add hard-negative captions to shards, written by a language model.
@@ -133,6 +138,7 @@ def ask(
         concurrency=concurrency,
         per_minute=rate,
         timeout_s=timeout,
+        overwrite=overwrite,
     )
     if json_path:
         write_json(report.to_json(), json_path)

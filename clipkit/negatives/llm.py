@@ -31,7 +31,9 @@ from clipkit.negatives.make import (
     KINDS,
     Report,
     captions_of,
+    check_own,
     check_places,
+    claim,
     finish,
     finished_before,
     rewrite,
@@ -159,6 +161,7 @@ def ask(
     concurrency: int = 16,
     per_minute: float = 0.0,
     timeout_s: float = 120.0,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Asked:
     """Write every shard again, to `out`, with what the model at `url` writes about the captions.
@@ -166,12 +169,14 @@ def ask(
     Answers are kept in `file` (out/answers.jsonl) and never asked for again: a call that was ended goes on where it
     was. Negatives go beside those of other sources, paraphrases behind the captions, with `caption_kinds`. Shards that
     would become the same are kept. Without `url` the model is one of transformers, run here, `concurrency` prompts at
-    once, and sees no pictures. Raises UserError for what `expand` refuses, for a server or model of no use, and for a
-    file that another call has open.
+    once, and sees no pictures. Raises UserError for what `expand` refuses, for a shard that is there and not by `ask`
+    (unless `overwrite`), for a server or model of no use, and for a file that another call has open.
     """
     folder, started = Path(out), time.perf_counter()
     paths = expand(shards)
     check_places(paths, folder)
+    if not overwrite:
+        check_own(paths, folder, SOURCE)
     chat = _chat(wish, url, timeout_s, concurrency)
     total, album = Asked(), wish.album(shards)
     with Answers(file or folder / FILE) as answers:
@@ -260,6 +265,7 @@ def _write(source: Shard, target: Path, wish: Wish, answers: Answers, album: Alb
     """Write one shard, unless it would be as it is; count it."""
     order = wish.order
     stamp = {
+        "by": SOURCE,
         "kinds": list(wish.kinds),
         "order": [order.model, order.count, order.seed, order.prompts, order.settings, wish.pictures],
         "answers": [str(answers.path.resolve()), answers.size],
@@ -271,6 +277,7 @@ def _write(source: Shard, target: Path, wish: Wish, answers: Answers, album: Alb
         total.kept_shards += 1
         return
     report = Report(shards=1)
+    claim(target, SOURCE)
     writer = _Writer(wish, answers, album, report)
     rewrite(source, target, writer.sheet)
     finish(target, stamp | sizes(source, target), report)

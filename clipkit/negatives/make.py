@@ -100,6 +100,7 @@ def make(
     seed: int = 0,
     usual: int = 0,
     workers: int = 2,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write every shard again, to `out`, with up to `per_kind` negatives of each kind for every caption in KEY.json.
@@ -107,16 +108,20 @@ def make(
     Pictures and texts are copied byte for byte; negatives of another source stay. What a caption gets depends on it,
     on the other captions of the picture, the kinds and the seed: not on workers or shards. With `usual` it depends on
     all captions: a negative with two neighbouring words that fewer of them hold could be told without its picture, and
-    is dropped. A shard finished by an earlier call with the same settings is kept. Raises UserError for an unknown
-    kind, for shards of one name and for an unreadable sheet.
+    is dropped. A shard finished by an earlier call with the same settings is kept, one by a call with others replaced.
+    Raises UserError for an unknown kind, for shards of one name, for a shard that is there and not by `make` (unless
+    `overwrite`) and for an unreadable sheet.
     """
     for kind in kinds or KINDS:
         RULES.entry(kind)
     folder, started = Path(out), time.perf_counter()
+    paths = expand(shards)
+    check_places(paths, folder)
+    if not overwrite:
+        check_own(paths, folder, SOURCE)
     usage = usage_of(captions_of(shards), usual) if usual else None
     recipe = Recipe(tuple(kinds or KINDS), per_kind, seed, usage)
-    jobs = [(path, folder / path.name, recipe) for path in expand(shards)]
-    check_places([job[0] for job in jobs], folder)
+    jobs = [(path, folder / path.name, recipe) for path in paths]
     total = Report()
     pending = []
     for job in jobs:
@@ -178,6 +183,26 @@ def check_places(paths: Sequence[Shard], folder: Path) -> None:
             raise UserError(f"{folder}: the shards themselves lie here; choose another folder")
 
 
+def check_free(paths: Sequence[Shard], folder: Path) -> None:
+    """Raises UserError for a shard that is in `folder` already."""
+    for target in (folder / path.name for path in paths):
+        if target.exists():
+            raise UserError(f"{target}: is there already; choose another folder or --overwrite")
+
+
+def check_own(paths: Sequence[Shard], folder: Path, by: str) -> None:
+    """Raises UserError for a shard that is in `folder` already and is not, as it stands, what `by` wrote there."""
+    for target in (folder / path.name for path in paths):
+        if not target.exists():
+            continue
+        stamp = json.loads(_ledger(target).read_text())["stamp"] if _ledger(target).is_file() else {}
+        if stamp.get("by") != by or stamp.get("size", target.stat().st_size) != target.stat().st_size:
+            raise UserError(
+                f"{target}: is there already, and something else wrote it; choose another folder "
+                "or --overwrite (its negatives would be lost)"
+            )
+
+
 def _run(jobs: list[tuple[Shard, Path, Recipe]], workers: int) -> Iterator[Report]:
     """Reports of shards as they are finished."""
     if workers == 1 or len(jobs) < 2:
@@ -197,6 +222,7 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
     """Write one shard and its line in the ledger."""
     source, target, recipe = job
     report = Report(shards=1)
+    claim(target, SOURCE)
     rewrite(source, target, lambda members: _sheet(members, recipe, report))
     finish(target, _stamp(source, target, recipe), report)
     return report
@@ -247,6 +273,11 @@ def _ledger(target: Path) -> Path:
     return target.parent / LEDGER / f"{target.name}.json"
 
 
+def claim(target: Path, by: str) -> None:
+    """Note who is about to write a shard: it is theirs even if they are killed before they `finish` it."""
+    write_atomic(_ledger(target), json.dumps({"stamp": {"by": by}, "report": {}}).encode())
+
+
 def finish(target: Path, stamp: dict[str, Any], report: Report) -> None:
     """Write a finished shard's line in the ledger."""
     write_atomic(_ledger(target), json.dumps({"stamp": stamp, "report": report.to_json()}).encode())
@@ -274,7 +305,8 @@ def finished_before(target: Path, stamp: dict[str, Any]) -> Report | None:
 def _stamp(source: Shard, target: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished shard was made from, and how."""
     usage = recipe.usage.mark if recipe.usage else ""
-    settings = {"kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed, "usage": usage}
+    settings = {"by": SOURCE, "kinds": list(recipe.kinds), "per_kind": recipe.per_kind, "seed": recipe.seed}
+    settings["usage"] = usage
     if "replace_nouns_wordnet" in recipe.kinds:
         found = installed()
         settings["wordnet"] = found.mark if found else ""

@@ -19,7 +19,7 @@ from clipkit.data.build import tracked
 from clipkit.data.members import read_sheet
 from clipkit.data.shards import Index, expand
 from clipkit.errors import UserError
-from clipkit.negatives.make import check_places, rewrite
+from clipkit.negatives.make import check_free, check_places, rewrite
 from clipkit.negatives.scoring import Model, read_pair
 
 By = Literal["image", "text"]
@@ -92,9 +92,8 @@ def mine(
     """
     paths = expand(shards)
     check_places(paths, out)
-    there = [out / path.name for path in paths if (out / path.name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
+    if not overwrite:
+        check_free(paths, out)
     index = Index.load(shards, progress=progress)
     found = embed_pairs(model, index, batch_size, progress)
     if len(set(found.groups.tolist())) < 2:

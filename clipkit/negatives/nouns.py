@@ -17,9 +17,8 @@ from pathlib import Path
 from clipkit.data.build import tracked
 from clipkit.data.members import read_sheet, tags_of
 from clipkit.data.shards import Shard, expand
-from clipkit.errors import UserError
 from clipkit.negatives.lexicon import lexicon
-from clipkit.negatives.make import check_places, rewrite
+from clipkit.negatives.make import check_free, check_places, rewrite
 from clipkit.negatives.tagging import parse
 
 
@@ -60,11 +59,11 @@ def add_nouns(
     All else is copied byte for byte. Raises UserError for shards of one name, for a shard that is there already (unless
     `overwrite`) and for an unreadable sheet.
     """
-    jobs = [(path, Path(out) / path.name) for path in expand(shards)]
-    check_places([source for source, _ in jobs], Path(out))
-    there = [target for _, target in jobs if target.exists()]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: is there already; choose another folder or overwrite")
+    paths, folder = expand(shards), Path(out)
+    check_places(paths, folder)
+    if not overwrite:
+        check_free(paths, folder)
+    jobs = [(path, folder / path.name) for path in paths]
     total = Nouns()
     done = _run(jobs, workers)
     for report in tracked(done, "finding nouns", len(jobs)) if progress else done:

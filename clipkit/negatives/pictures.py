@@ -19,7 +19,7 @@ from clipkit.data.decode import read_picture
 from clipkit.data.members import PICTURES, Unreadable, negative_pictures, read_sheet
 from clipkit.data.shards import Index, expand, write_atomic
 from clipkit.errors import UserError
-from clipkit.negatives.make import check_places, rewrite
+from clipkit.negatives.make import check_free, check_places, rewrite
 
 SOURCE = "generated"
 """The `source` of negatives that came with their picture."""
@@ -68,9 +68,8 @@ def attach(shards: str | Path | Sequence[str | Path], table: Path, out: Path, *,
     rows = _rows(table)
     paths = expand(shards)
     check_places(paths, out)
-    there = [out / path.name for path in paths if (out / path.name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
+    if not overwrite:
+        check_free(paths, out)
     index = Index.load(shards)
     keys = [index.key(id) for id in range(len(index))]
     if strangers := rows.keys() - set(keys):

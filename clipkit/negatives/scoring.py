@@ -16,7 +16,7 @@ from clipkit.data.decode import read_picture
 from clipkit.data.members import Sheet, Unreadable, picture_bytes, read_sheet
 from clipkit.data.shards import Index, expand
 from clipkit.errors import UserError
-from clipkit.negatives.make import check_places, rewrite
+from clipkit.negatives.make import check_free, check_places, rewrite
 
 
 class Model(Protocol):
@@ -58,9 +58,8 @@ def score_shards(
     """
     paths, report = expand(shards), Scored()
     check_places(paths, out)
-    there = [out / path.name for path in paths if (out / path.name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
+    if not overwrite:
+        check_free(paths, out)
     for path in tracked(paths, "scoring negatives", len(paths)) if progress else paths:
         scores = iter(_scores(model, Index.load(path, progress=False), batch_size))
         rewrite(path, out / path.name, lambda members, scores=scores: _sheet(members, next(scores), report))

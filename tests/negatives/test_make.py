@@ -9,7 +9,7 @@ import pytest
 from clipkit.data.build import Sample, write_shard
 from clipkit.data.shards import Index
 from clipkit.errors import UserError
-from clipkit.negatives.make import KINDS, Recipe, make, negatives
+from clipkit.negatives.make import KINDS, SOURCE, Recipe, claim, make, negatives
 
 CAPTIONS = [
     ["A man in a blue shirt throws a ball to a brown dog .", "A guy plays with his dog"],
@@ -82,6 +82,23 @@ def test_finished_shards_are_kept(shards: list[Path], tmp_path: Path) -> None:
     os.utime(shards[0], ns=(1, 1))
     assert make(shards, out, kinds=["reshuffle"], workers=1, progress=False).kept_shards == 1
     assert not list(out.glob(".*.tmp"))
+
+
+def test_shards_of_others_are_not_replaced(shards: list[Path], tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", {"workers": 1, "progress": False}
+    out.mkdir()
+    theirs = shard(out / "s-1.tar").read_bytes()
+    with pytest.raises(UserError, match=r"s-1\.tar: is there already, .*choose another folder or --overwrite"):
+        make(shards, out, **settings)
+    assert (out / "s-1.tar").read_bytes() == theirs and not (out / "s-0.tar").exists()
+    assert make(shards, out, overwrite=True, **settings).kept_shards == 0
+    assert make(shards, out, **settings).kept_shards == 2
+    claim(out / "s-1.tar", SOURCE)  # as after a kill between the shard and its line in the ledger
+    assert make(shards, out, **settings).kept_shards == 1
+    with (out / "s-1.tar").open("ab") as file:  # somebody else's by now
+        file.write(bytes(512))
+    with pytest.raises(UserError, match=r"s-1\.tar: is there already"):
+        make(shards, out, seed=1, **settings)
 
 
 def test_usual_negatives_only(shards: list[Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from clipkit.data.shards import expand
 from clipkit.errors import UserError
 from clipkit.negatives.audit import ALL, Told, blind, read_blindly
 from clipkit.negatives.audit.stored import Stored, each_negative
-from clipkit.negatives.make import check_places, rewrite
+from clipkit.negatives.make import check_free, check_places, rewrite
 
 FEWEST = 100
 """A kind is not judged by fewer negatives; one that comes down to so few is left out whole."""
@@ -209,15 +209,14 @@ def write_balanced(
     `stays` has an entry for each negative in the order of the shards, and so have `weights`, which become the `weight`
     of those that stay. Raises UserError for shards that are there.
     """
-    jobs = [(path, out / path.name) for path in expand(shards)]
-    check_places([source for source, _ in jobs], out)
-    there = [target for _, target in jobs if target.exists()]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: is there already; choose another folder or --overwrite")
+    paths = expand(shards)
+    check_places(paths, out)
+    if not overwrite:
+        check_free(paths, out)
     marks = iter(zip(stays.tolist(), [None] * len(stays) if weights is None else weights.tolist()))
-    for source, target in jobs:
-        rewrite(source, target, lambda members: _sheet(members, marks))
-    return len(jobs)
+    for path in paths:
+        rewrite(path, out / path.name, lambda members: _sheet(members, marks))
+    return len(paths)
 
 
 def _sheet(members: dict[str, bytes], marks: Iterator[tuple[bool, float | None]]) -> bytes:

@@ -1,0 +1,37 @@
+"""Where asking a language model meets what lies there, and what is said when no answer comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipkit.data.build import Sample, write_shard
+from clipkit.errors import UserError
+from clipkit.negatives.llm import Wish
+from clipkit.negatives.make import make
+from tests.chat import ChatServer
+from tests.negatives.conftest import asked, sheets
+
+CAPTIONS = [["a brown dog jumps over two small boys", "one dog in mid air"], ["a red bus near an old church"]]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    write_shard([Sample(f"p{i}", b"\xff\xd8", "jpg", some) for i, some in enumerate(CAPTIONS)], tmp_path / "in/s.tar")
+    return tmp_path / "in" / "s.tar"
+
+
+def test_rules_and_models_do_not_replace_each_others_shards(shards: Path, tmp_path: Path, server: ChatServer) -> None:
+    wish = Wish("m", ["reshuffle"])
+    make(shards, tmp_path / "rules", workers=1, progress=False)
+    with pytest.raises(UserError, match=r"s\.tar: is there already"):
+        asked(shards, tmp_path / "rules", server, wish)
+    assert not server.asked and {n["source"] for n in sheets(tmp_path / "rules/s.tar")[0]["negatives"][0]} == {"rule"}
+    asked(shards, tmp_path / "model", server, wish)
+    assert asked(shards, tmp_path / "model", server, Wish("m", ["swap_nouns"])).kept_shards == 0
+    with pytest.raises(UserError, match=r"s\.tar: is there already"):
+        make(shards, tmp_path / "model", workers=1, progress=False)
+    asked(shards, tmp_path / "rules", server, wish, overwrite=True)
+    assert {n["source"] for n in sheets(tmp_path / "rules/s.tar")[0]["negatives"][0]} == {"llm"}

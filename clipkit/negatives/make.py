@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from clipkit.data.build import tracked
-from clipkit.data.members import SHEETS, Unreadable, read_sheet
+from clipkit.data.members import SHEETS, Sheet, Unreadable, read_sheet
 from clipkit.data.shards import Index, Shard, expand, version, write_atomic
 from clipkit.errors import UserError
 from clipkit.negatives.filters import Usage, keep, usage_of
@@ -30,8 +30,8 @@ KINDS = ("reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "re
 """DeGLA's five kinds, made by default."""
 SOURCE = "rule"
 """The `source` of every negative made here; negatives from elsewhere stay in the shard."""
-STALE = ".negatives.npy"
-"""Stored embeddings of the negatives from before (docs/shards.md)."""
+CAPTION_ROWS, NEGATIVE_ROWS = ".text.npy", ".negatives.npy"
+"""How members with embeddings end that have a row for each caption, or negative (docs/shards.md)."""
 LEDGER = ".negatives"
 """Folder beside the shards with what is known of each finished one."""
 
@@ -231,7 +231,8 @@ def _make_shard(job: tuple[Shard, Path, Recipe]) -> Report:
 def rewrite(source: Shard, target: Path, sheet: Callable[[dict[str, bytes]], bytes]) -> None:
     """Copy a shard, pair by pair and byte for byte but for KEY.json, which `sheet` makes of a pair's members.
 
-    Raises UserError where `sheet` raises Unreadable; `target` is there whole or not at all.
+    Where captions or negatives are others then, embeddings of those from before are left out. Raises UserError where
+    `sheet` raises Unreadable; `target` is there whole or not at all.
     """
     index = Index.load(source, progress=False)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -239,15 +240,31 @@ def rewrite(source: Shard, target: Path, sheet: Callable[[dict[str, bytes]], byt
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for id in range(len(index)):
-                members = {s: data for s, data in index.read(id).items() if not s.endswith(STALE)}
+                before = index.read(id)
+                members = dict(before)
                 try:
                     members["json"] = sheet(members)
+                    members = _fresh(before, members)
                 except Unreadable as error:
                     raise UserError(f"{index.where(id)}: {error}; mend the shard (clipkit shards check)") from None
                 _write(tar, index.key(id), members)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _fresh(before: dict[str, bytes], after: dict[str, bytes]) -> dict[str, bytes]:
+    """The members after a change, without embeddings of captions or negatives that are others now."""
+    if not any(suffix.endswith((CAPTION_ROWS, NEGATIVE_ROWS)) for suffix in after):
+        return after
+    old, new = read_sheet(before), read_sheet(after)
+    stale = (CAPTION_ROWS,) * (old.captions != new.captions) + (NEGATIVE_ROWS,) * (_texts(old) != _texts(new))
+    return {suffix: data for suffix, data in after.items() if not suffix.endswith(stale)}
+
+
+def _texts(sheet: Sheet) -> list[str]:
+    """All negatives of a pair, those of the first caption first."""
+    return [negative["text"] for group in sheet.negatives for negative in group]
 
 
 def _sheet(members: dict[str, bytes], recipe: Recipe, report: Report) -> bytes:

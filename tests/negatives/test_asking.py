@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipkit.data.build import Sample, write_shard
+from clipkit.data.shards import Index
 from clipkit.errors import UserError
 from clipkit.negatives.llm import Wish
 from clipkit.negatives.make import make
@@ -21,6 +22,18 @@ def shards(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
     write_shard([Sample(f"p{i}", b"\xff\xd8", "jpg", some) for i, some in enumerate(CAPTIONS)], tmp_path / "in/s.tar")
     return tmp_path / "in" / "s.tar"
+
+
+def test_embeddings_of_fewer_captions_go(tmp_path: Path, server: ChatServer) -> None:
+    rows = {"m.text.npy": b"texts", "m.negatives.npy": b"negatives"}
+    pairs = [Sample(f"p{i}", b"\xff\xd8", "jpg", some, negative_images=rows) for i, some in enumerate(CAPTIONS)]
+    write_shard(pairs, tmp_path / "s.tar")
+    asked(tmp_path / "s.tar", tmp_path / "once", server, Wish("m", ["paraphrase"], limit=2))
+    index = Index.load(tmp_path / "once")
+    assert [sorted(index.read(id).keys() & rows.keys()) for id in range(2)] == [["m.negatives.npy"], sorted(rows)]
+    asked(tmp_path / "s.tar", tmp_path / "other", server, Wish("m", ["reshuffle"]))
+    index = Index.load(tmp_path / "other")
+    assert [index.read(id).keys() & rows.keys() for id in range(2)] == [{"m.text.npy"}] * 2
 
 
 def test_rules_and_models_do_not_replace_each_others_shards(shards: Path, tmp_path: Path, server: ChatServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from clipkit.data.decode import Preprocess
 from clipkit.data.reader import Reader
 from clipkit.data.shards import Index
 from clipkit.errors import UserError
+from clipkit.negatives.make import make
 from clipkit.negatives.mining import Embedded, embed_pairs, mine, neighbours
+from clipkit.negatives.nouns import add_nouns
 from clipkit.negatives.pictures import attach, wishes
 from clipkit.negatives.scoring import score_shards
 from clipkit.settings import DataConfig
@@ -74,6 +77,32 @@ def test_scores_are_differences_of_cosines(shards: Path, tmp_path: Path) -> None
     assert [n["text"] for n in reader.row(0, 0).negatives] == ["a pink square"]
     with pytest.raises(UserError, match="is there already"):
         score_shards(Colours(), shards, tmp_path / "out", progress=False)
+
+
+def test_embeddings_of_what_has_not_changed_stay(shards: Path, tmp_path: Path) -> None:
+    rows = {"m.text.npy": b"texts", "m.negatives.npy": b"negatives", "m.image.npy": b"image"}
+    pairs = [
+        replace(pair("a", "red", ["blue"]), negative_images=rows),
+        replace(pair("b", "blue", ["red"]), negative_images=rows),
+    ]
+    write_shard(pairs, tmp_path / "x.tar")
+    score_shards(Colours(), tmp_path / "x.tar", tmp_path / "scored", progress=False)
+    mine(Colours(), tmp_path / "scored", tmp_path / "mined", progress=False)
+    add_nouns(tmp_path / "mined", tmp_path / "nouns", workers=1, progress=False)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"key": "a", "text": "a new square", "picture": "p.png"}))
+    png(tmp_path / "p.png", "red")
+    attach(tmp_path / "nouns", tmp_path / "t.jsonl", tmp_path / "pictured")
+    make(tmp_path / "nouns", tmp_path / "made", kinds=["replace_adjectives"], workers=1, progress=False)
+    for folder in ("scored", "mined", "nouns"):
+        assert stored(tmp_path / folder) == [set(rows)] * 2
+    assert stored(tmp_path / "pictured") == [rows.keys() - {"m.negatives.npy"}, set(rows)]
+    assert stored(tmp_path / "made") == [rows.keys() - {"m.negatives.npy"}] * 2
+
+
+def stored(folder: Path) -> list[set[str]]:
+    """The members of each pair that are embeddings."""
+    index = Index.load(folder)
+    return [{suffix for suffix in index.read(id) if suffix.endswith(".npy")} for id in range(len(index))]
 
 
 def embedded(image: list[list[float]], text: list[list[float]], groups: Sequence[int] = ()) -> Embedded:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,20 +216,26 @@ def estimate(shards: str | Path | Sequence[str | Path], out: str | Path, wish: W
     album = wish.album(shards)
     seen = round(album.tokens * CHARACTERS) if album else 0
     with Answers(file or Path(out) / FILE, write=False) as answers:
-        for question in wish.questions(shards, album):
-            if wish.order.fields(question) in answers:
-                continue
-            prompt, order = wish.prompts[question.kind], wish.order
-            sums = characters[question.kind]
-            sums[0] += 1
-            sums[1] += len(prompt.text(question.caption, order.count, order.seed)) + seen
-            sums[2] += len(answer(question.kind, [question.caption] * order.count))
+        questions = list(wish.questions(shards, album))
+        asked = {question for question in questions if wish.order.fields(question) not in answers}
+        for question in asked:
+            _count(characters[question.kind], question, wish, seen)
         costs = [_cost(kind, sums, wish.order, answers) for kind, sums in characters.items()]
-    if AGAIN in wish.kinds:
-        first = next(cost for cost in costs if cost.kind == PARAPHRASE)
-        n = wish.order.count
-        costs.append(Cost(AGAIN, n * first.requests, n * first.tokens_in, n * first.tokens_out, first.measured))
+        if AGAIN in wish.kinds:  # about paraphrases that are still to come, and about those that came
+            sums = [wish.order.count * number for number in characters[PARAPHRASE]]
+            for question in set(wish.further(questions, answers)) - asked:
+                if wish.order.fields(question) not in answers:
+                    _count(sums, question, wish, seen)
+            costs.append(replace(_cost(PARAPHRASE, sums, wish.order, answers), kind=AGAIN))
     return costs
+
+
+def _count(sums: list[int], question: Question, wish: Wish, seen: int) -> None:
+    """Count a question's request, its characters and `seen`, those of a picture, and what would be answered."""
+    order = wish.order
+    sums[0] += 1
+    sums[1] += len(wish.prompts[question.kind].text(question.caption, order.count, order.seed)) + seen
+    sums[2] += len(answer(question.kind, [question.caption] * order.count))
 
 
 def _cost(kind: str, sums: list[int], order: Order, answers: Answers) -> Cost:

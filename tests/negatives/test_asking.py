@@ -9,7 +9,8 @@ import pytest
 from clipkit.data.build import Sample, write_shard
 from clipkit.data.shards import Index
 from clipkit.errors import UserError
-from clipkit.negatives.llm import Wish
+from clipkit.negatives import asking
+from clipkit.negatives.llm import Wish, estimate
 from clipkit.negatives.make import make
 from tests.chat import ChatServer
 from tests.negatives.conftest import asked, sheets
@@ -34,6 +35,20 @@ def test_embeddings_of_fewer_captions_go(tmp_path: Path, server: ChatServer) -> 
     asked(tmp_path / "s.tar", tmp_path / "other", server, Wish("m", ["reshuffle"]))
     index = Index.load(tmp_path / "other")
     assert [index.read(id).keys() & rows.keys() for id in range(2)] == [{"m.text.npy"}] * 2
+
+
+def test_the_estimate_counts_open_questions_about_paraphrases(
+    shards: Path, tmp_path: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish = Wish("m", ["paraphrase", "paraphrase_again"])
+    monkeypatch.setattr(asking, "TRIES", 1)
+    server.fault = lambda handler, question, _: question[0].endswith("x") and (handler.say(503, {}) or True)
+    assert asked(shards, tmp_path / "out", server, wish).unanswered.total() == 3
+    costs = estimate(shards, tmp_path / "out", wish)
+    assert [cost.requests for cost in costs] == [0, 3] and costs[1].tokens_in > 300
+    server.fault = lambda handler, question, _: question[0] == f"{CAPTIONS[1][0]}x" and (handler.say(503, {}) or True)
+    asked(shards, tmp_path / "out", server, wish)
+    assert [cost.requests for cost in estimate(shards, tmp_path / "out", wish)] == [0, 1]
 
 
 def test_rules_and_models_do_not_replace_each_others_shards(shards: Path, tmp_path: Path, server: ChatServer) -> None:

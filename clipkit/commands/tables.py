@@ -132,7 +132,7 @@ def asked_tables(report: Asked, prices: tuple[float, float]) -> list[Table]:
         *([("cost", round(spent, 2))] if any(prices) else []),
     ]
     troubles = [
-        (name, reason, times)
+        (name, reason, times, report.said.get(reason, ""))
         for name, reasons in (
             ("asked again", report.again),
             ("no answer for good", report.failed),
@@ -141,7 +141,8 @@ def asked_tables(report: Asked, prices: tuple[float, float]) -> list[Table]:
         for reason, times in reasons.most_common()
     ]
     made = Table(title, ["kind", "texts", "captions with one", "texts dropped"], report.rows())
-    return [made, Table("asked", ["what", "number"], asked), Table("troubles", ["what", "reason", "times"], troubles)]
+    columns = ["what", "reason", "times", "the last time"]
+    return [made, Table("asked", ["what", "number"], asked), Table("troubles", columns, troubles)]
 
 
 def cost_table(costs: list[Cost], prices: tuple[float, float]) -> Table:

@@ -99,6 +99,8 @@ class Asker:
         """Questions whose answer is that there is none, by reason."""
         self.unanswered: Counter[str] = Counter()
         """Questions the server gave no answer to, by reason; the next call asks them."""
+        self.said: dict[str, str] = {}
+        """The last message behind each reason, of `again` and `unanswered`."""
         self.answered = 0
         self.tokens = [0, 0]
         self._silent = 0
@@ -149,7 +151,9 @@ class Asker:
         if not isinstance(error, (Transient, Rejected)):
             assert error is not None
             raise error
-        self.unanswered["rejected" if isinstance(error, Rejected) else "no answer"] += 1
+        reason = "rejected" if isinstance(error, Rejected) else "no answer"
+        self.unanswered[reason] += 1
+        self.said[reason] = str(error)
         self._silent += 1
         if self._silent >= PATIENCE:
             raise UserError(
@@ -201,10 +205,12 @@ class Asker:
             if trouble.wait_s:
                 self.pace.hold(trouble.wait_s)
             if number + 1 < TRIES:
-                self._count(str(trouble).partition(":")[0])
+                self._count(str(trouble).partition(":")[0], str(trouble))
                 self.pace.pause(min(LONGEST_PAUSE_S, PAUSE_S * 2**number) * _CHANCE.uniform(0.5, 1.0))
         raise trouble
 
-    def _count(self, reason: str) -> None:
+    def _count(self, reason: str, said: str = "") -> None:
         with self._lock:
             self.again[reason] += 1
+            if said:
+                self.said[reason] = said

@@ -145,7 +145,7 @@ def _reply(data: bytes) -> Reply:
         usage = body.get("usage") or {}
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Transient(f"no completion came ({type(error).__name__}: {error})") from None
+        raise Transient(f"no completion came: {type(error).__name__}: {error}") from None
     if refusal or finish == "content_filter":
         return Reply("", tokens, Fault("refused", again=False))
     if finish == "length":

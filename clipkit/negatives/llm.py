@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from clipkit.data.build import tracked
 from clipkit.data.members import Sheet, plain, read_sheet
 from clipkit.data.shards import Shard, expand
+from clipkit.data.web import shown
 from clipkit.errors import UserError
 from clipkit.negatives.album import Album
 from clipkit.negatives.answers import Answers, Order, Question
@@ -73,7 +74,8 @@ class Asked(Report):
     """What was made, as `Report`; and what was asked for it.
 
     `asked` counts questions put now, `known` those answered before; `again` attempts repeated, `failed` questions that
-    have no answer for good, `unanswered` those the server said nothing to, by reason.
+    have no answer for good, `unanswered` those the server said nothing to, by reason; `said` has the last message
+    behind a reason, where there was one.
     """
 
     asked: int = 0
@@ -81,6 +83,7 @@ class Asked(Report):
     again: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     unanswered: Counter[str] = field(default_factory=Counter)
+    said: dict[str, str] = field(default_factory=dict)
     tokens_in: int = 0
     tokens_out: int = 0
 
@@ -170,7 +173,8 @@ def ask(
     was. Negatives go beside those of other sources, paraphrases behind the captions, with `caption_kinds`. Shards that
     would become the same are kept. Without `url` the model is one of transformers, run here, `concurrency` prompts at
     once, and sees no pictures. Raises UserError for what `expand` refuses, for a shard that is there and not by `ask`
-    (unless `overwrite`), for a server or model of no use, and for a file that another call has open.
+    (unless `overwrite`), for a server or model of no use, for questions of which not one was answered (when what is
+    known has been written), and for a file that another call has open.
     """
     folder, started = Path(out), time.perf_counter()
     paths = expand(shards)
@@ -191,9 +195,17 @@ def ask(
             for _ in _told(asker.ask_all(open_), what, len(open_), progress):
                 pass
         total.again, total.failed, total.unanswered = asker.again, asker.failed, asker.unanswered
-        total.tokens_in, total.tokens_out = asker.tokens
-        for path in paths:
-            _write(path, folder / path.name, wish, answers, album, total)
+        total.said, (total.tokens_in, total.tokens_out) = asker.said, asker.tokens
+        silent = 0 < total.asked == total.unanswered.total()
+        if total.known or not silent:
+            for path in paths:
+                _write(path, folder / path.name, wish, answers, album, total)
+        if silent:
+            said = "; ".join(total.said[reason] for reason in total.unanswered)
+            raise UserError(
+                f"{shown(chat.url)}: not one of {total.asked} questions was answered, at last: {said}; mend the "
+                "server, or the request (--set), and call again"
+            )
     total.seconds = time.perf_counter() - started
     return total
 

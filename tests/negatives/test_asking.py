@@ -14,6 +14,7 @@ from clipkit.negatives.llm import Wish, estimate
 from clipkit.negatives.make import make
 from tests.chat import ChatServer
 from tests.negatives.conftest import asked, sheets
+from tests.typed import well, wrong
 
 CAPTIONS = [["a brown dog jumps over two small boys", "one dog in mid air"], ["a red bus near an old church"]]
 
@@ -49,6 +50,28 @@ def test_the_estimate_counts_open_questions_about_paraphrases(
     server.fault = lambda handler, question, _: question[0] == f"{CAPTIONS[1][0]}x" and (handler.say(503, {}) or True)
     asked(shards, tmp_path / "out", server, wish)
     assert [cost.requests for cost in estimate(shards, tmp_path / "out", wish)] == [0, 1]
+
+
+def test_the_servers_reason_is_shown(shards: Path, tmp_path: Path, server: ChatServer) -> None:
+    call = ["negatives", "ask", shards, "--out", tmp_path / "out", "--url", server.url, "--model", "m"]
+    call += ["--kinds", "reshuffle"]
+    server.fault = lambda handler, *_: handler.say(400, {"error": {"message": "unknown field: x"}}) or True
+    message = wrong(*call)
+    assert "not one of 3 questions was answered, at last: 400 Bad Request: unknown field: x" in message
+    assert not (tmp_path / "out" / "s.tar").exists()
+    # What one caption meets ends no call that brings others; nor does it keep these from the shards.
+    refuse = server.fault
+    server.fault = lambda handler, question, n: question[0] == CAPTIONS[1][0] and refuse(handler, question, n)
+    assert "rejected\t1\t400 Bad Request: unknown field: x" in well(*call)
+    (tmp_path / "out" / "s.tar").unlink()
+    assert "not one of 1 questions" in wrong(*call) and len(sheets(tmp_path / "out/s.tar")[0]["negatives"][0]) == 1
+
+
+def test_reasons_are_whole(shards: Path, tmp_path: Path, server: ChatServer) -> None:
+    server.fault = lambda handler, _, number: number == 1 and (handler.say(200, "no: JSON") or True)
+    report = asked(shards, tmp_path / "out", server, Wish("m", ["reshuffle"]))
+    assert report.again == {"no completion came": 3}
+    assert report.said["no completion came"].startswith("no completion came: JSONDecodeError: Expecting value")
 
 
 def test_rules_and_models_do_not_replace_each_others_shards(shards: Path, tmp_path: Path, server: ChatServer) -> None:

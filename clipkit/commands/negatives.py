@@ -206,14 +206,22 @@ def audit(
         raise UserError("--out DIR belongs to --balance AUC, --guide MODEL or --plausible MODEL")
     if out is not None and sample is not None:
         raise UserError("--sample: to write shards all negatives are judged; leave it out")
+    for file in filter(None, (html, json_path)):
+        if Path(file).is_dir():
+            raise UserError(f"{file}: is a folder; name a file in it")
     import numpy as np
 
-    from clipkit.data.shards import write_atomic
+    from clipkit.data.shards import expand, write_atomic
     from clipkit.negatives.audit import audit
     from clipkit.negatives.audit.balancing import balance, reweigh, write_balanced
     from clipkit.negatives.audit.page import BALANCED, COLUMNS, page
     from clipkit.negatives.audit.stored import read_stored
+    from clipkit.negatives.make import check_free, check_places
 
+    if out is not None:
+        check_places(expand(shards), out)
+        if not overwrite:
+            check_free(expand(shards), out)
     stored = read_stored(shards, sample=sample, seed=seed)
     stays = np.ones(len(stored.texts), bool)
     for judge, drop, threshold in ((guide, _guided, above), (fluent, _plausible, nats)):

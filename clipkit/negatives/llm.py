@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from clipkit.data.build import tracked
 from clipkit.data.members import Sheet, plain, read_sheet
@@ -212,6 +213,8 @@ def ask(
 
 def _chat(wish: Wish, url: str | None, timeout_s: float, concurrency: int) -> Chat | LocalChat:
     if url is not None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise UserError(f"--url {shown(url)}: begins with http:// or https://, as http://localhost:8000/v1 does")
         return Chat(url, wish.order.model, _key(), wish.order.settings, timeout_s, concurrency)
     if wish.pictures:
         raise UserError(

@@ -174,6 +174,9 @@ def captions_of(shards: str | Path | Sequence[str | Path]) -> Iterator[str]:
 
 def check_places(paths: Sequence[Shard], folder: Path) -> None:
     """Raises UserError when these shards cannot be written to `folder` under their own names."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file, and shards go to a folder; choose another --out")
     names = Counter(path.name for path in paths)
     twice = [name for name, count in names.items() if count > 1]
     if twice:

@@ -84,13 +84,24 @@ def _read(kind: str, data: bytes, frames: dict[str, bytes], where: str, pictured
         examples = tuple((_text(e["caption"]), tuple(map(_text, e["texts"]))) for e in own["examples"])
         digest = blake2b(data + frame, digest_size=4).hexdigest()
         mark = f"{int(own['version'])}.{int(common['version'])}-{digest}"
-        return Prompt(kind, mark, _text(own["rule"]).strip(), common[own["goal"]], examples, common["text"].strip())
+        prompt = Prompt(kind, mark, _text(own["rule"]).strip(), common[own["goal"]], examples, common["text"].strip())
+        _try(prompt)
+        return prompt
     except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise UserError(
             f"{where}: no prompt ({type(error).__name__}: {error}); it needs version, goal (one of the"
             " frame's: negative, paraphrase), rule and examples of caption and texts, as the packaged ones in"
             " clipkit/negatives/data/prompts"
         ) from None
+
+
+def _try(prompt: Prompt) -> None:
+    """Raises ValueError for a frame that no question can be made of."""
+    try:
+        prompt.text("", 1, 0)
+    except KeyError as error:
+        known = "kind, rule, goal, count, examples, caption"
+        raise ValueError(f"the frame's text names ${error.args[0]}; it may name {known}, and writes $$ for $") from None
 
 
 def _text(value: Any) -> str:

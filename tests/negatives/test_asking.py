@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,18 @@ def test_the_servers_reason_is_shown(shards: Path, tmp_path: Path, server: ChatS
     assert "rejected\t1\t400 Bad Request: unknown field: x" in well(*call)
     (tmp_path / "out" / "s.tar").unlink()
     assert "not one of 1 questions" in wrong(*call) and len(sheets(tmp_path / "out/s.tar")[0]["negatives"][0]) == 1
+
+
+def test_mistakes_are_found_before_the_asking(shards: Path, tmp_path: Path, server: ChatServer) -> None:
+    call = ["negatives", "ask", shards, "--out", tmp_path / "out", "--model", "m", "--kinds", "reshuffle", "--url"]
+    assert "--url localhost:8000: begins with http:// or https://" in wrong(*call, "localhost:8000")
+    frame = (resources.files("clipkit.negatives") / "data/prompts/frame.yaml").read_text()
+    for text, message in (("$ruel", "names $ruel; it may name kind, rule"), ("50 $", "Invalid placeholder")):
+        (tmp_path / "frame.yaml").write_text(frame.replace("$rule", text))
+        assert message in wrong(*call, server.url, "--prompts", tmp_path)
+    (tmp_path / "out").write_text("a file")
+    assert "out: is a file, and shards go to a folder" in wrong(*call, server.url)
+    assert not server.asked
 
 
 def test_reasons_are_whole(shards: Path, tmp_path: Path, server: ChatServer) -> None:

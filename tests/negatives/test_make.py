@@ -130,6 +130,8 @@ def test_mistakes(shards: list[Path], tmp_path: Path) -> None:
     twin = shard(tmp_path / "other" / "s-0.tar")
     with pytest.raises(UserError, match="2 shards have this name"):
         make([*shards, twin], tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match=r"s-0\.tar: is a file"):
+        make(shards, twin / "out", progress=False)
 
 
 def test_real_captions(shared: Path) -> None:

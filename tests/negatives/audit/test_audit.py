@@ -108,6 +108,16 @@ def test_nothing_is_written_where_nothing_could_be_left(tmp_path: Path, count: i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.tar"]
 
 
+def test_places_are_looked_at_before_the_work(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipkit.negatives.audit.stored.read_stored", lambda *_, **__: pytest.fail("worked"))
+    call = ["negatives", "audit", shards]
+    for option in ("--html", "--json"):
+        assert f"{tmp_path}: is a folder; name a file in it" in wrong(*call, option, tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert "a.tar: is a file" in wrong(*call, "--balance", "0.65", "--out", tmp_path / "a.tar")
+    assert "a.tar: is there already" in wrong(*call, "--balance", "0.65", "--out", tmp_path)
+
+
 def test_kinds_that_are_not_balanced_are_named(found: Audit, balanced: Balance) -> None:
     few = "too few to be balanced alone, above the target"
     notes = {name: kind.note for name, kind in balanced.kinds.items()}

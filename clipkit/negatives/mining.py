@@ -88,13 +88,14 @@ def mine(
     """Write every shard again, to `out`, with the keys of each pair's nearest others as `alternates` in KEY.json.
 
     A pair without any gets its nearest picture of all, whatever `at_most` says, as every pair must name one. Raises
-    UserError for shards that are there, for an unreadable pair, and where no other picture is.
+    UserError for shards that are there, a key in two shards, an unreadable pair, and where no other picture is.
     """
     paths = expand(shards)
     check_places(paths, out)
     if not overwrite:
         check_free(paths, out)
     index = Index.load(shards, progress=progress)
+    index.ids()  # refuses a key of two pairs: alternates are keys
     found = embed_pairs(model, index, batch_size, progress)
     if len(set(found.groups.tolist())) < 2:
         raise UserError(f"{', '.join(map(str, paths[:3]))}: all pairs show one picture; there is none like another")

@@ -37,9 +37,11 @@ class Attached:
 def wishes(shards: str | Path | Sequence[str | Path], file: Path, kinds: Sequence[str] = ()) -> int:
     """List every negative (of some kinds) without a picture: {"key", "caption", "kind", "text", "picture"}; how many.
 
-    `picture` is a name that nothing else has, for who draws it.
+    `picture` is a name that nothing else has, for who draws it. Blank negatives are never drawn, nor listed. Raises
+    UserError for an unreadable pair and for a key in two shards.
     """
     index, lines = Index.load(shards), []
+    index.ids()  # refuses a key of two pairs: rows name pairs by it
     for id in range(len(index)):
         try:
             sheet = read_sheet(index.read(id))
@@ -49,7 +51,7 @@ def wishes(shards: str | Path | Sequence[str | Path], file: Path, kinds: Sequenc
         for c, caption in enumerate(sheet.captions):
             for place, negative in enumerate(sheet.negatives_of(c)):
                 kind = str(negative.get("kind") or "")
-                if "picture" in negative or (kinds and kind not in kinds):
+                if "picture" in negative or not negative["text"].strip() or (kinds and kind not in kinds):
                     continue
                 row = {"key": key, "caption": caption, "kind": kind, "text": negative["text"]}
                 lines.append(json.dumps(row | {"picture": f"{key}.{c}.{place}.png"}, ensure_ascii=False))
@@ -62,8 +64,8 @@ def attach(shards: str | Path | Sequence[str | Path], table: Path, out: Path, *,
 
     Rows (JSONL or CSV): `key`, `text` (the negative), `picture` (a file, from the table's folder), and, where the text
     is not among the pair's negatives, `caption` (default: its first) and `kind` of the negative that it becomes. A
-    negative that has a picture keeps it. Raises UserError for a row that fits nothing, an unreadable picture, and
-    shards that are there.
+    negative that has a picture keeps it. Raises UserError for a row that fits nothing, is blank or says what a caption
+    of its picture says, for an unreadable picture, for a key in two shards, and for shards that are there.
     """
     rows = _rows(table)
     paths = expand(shards)
@@ -71,7 +73,7 @@ def attach(shards: str | Path | Sequence[str | Path], table: Path, out: Path, *,
     if not overwrite:
         check_free(paths, out)
     index = Index.load(shards)
-    keys = [index.key(id) for id in range(len(index))]
+    keys = list(index.ids())
     if strangers := rows.keys() - set(keys):
         raise UserError(f"{table}: {sorted(strangers)[0]}: no pair of the shards has this key")
     report, at = Attached(), iter(keys)
@@ -108,6 +110,8 @@ def _rows(table: Path) -> dict[str, list[Row]]:
         ]
         if lacking:
             raise UserError(f"{table}: line {number}: needs key, text and picture; without {lacking[0]}")
+        if not row["text"].strip():
+            raise UserError(f"{table}: line {number}: the text is blank, and no negative; leave the line out")
         found.setdefault(row["key"], []).append((number, row))
     if not found:
         raise UserError(f"{table}: names no picture")
@@ -125,6 +129,10 @@ def _sheet(members: dict[str, bytes], rows: list[Row], table: Path, report: Atta
             caption = row.get("caption") or sheet.captions[sheet.usable()[0]]
             if caption not in sheet.captions:
                 raise UserError(f"{place}: {row['key']} has no caption {caption!r:.80}")
+            if row["text"].strip() in sheet.captions:
+                raise UserError(
+                    f"{place}: {row['text']!r:.80} is a caption of {row['key']}, and no negative; change it"
+                )
             same = [{"text": row["text"], "kind": row.get("kind") or SOURCE, "source": SOURCE}]
             groups[sheet.captions.index(caption)] += same
             report.new += 1

@@ -196,6 +196,8 @@ def test_pictures_of_negatives_come_and_go_round(shards: Path, tmp_path: Path) -
         ({"key": "a", "text": "t"}, "needs key, text and picture; without picture"),
         ({"key": "a", "text": "t", "picture": "gone.png"}, "gone.png: No such file"),
         ({"key": "a", "text": "t", "picture": "table.jsonl"}, "table.jsonl"),
+        ({"key": "a", "text": " ", "picture": "p.png"}, "line 1: the text is blank"),
+        ({"key": "a", "text": "a red square ", "picture": "p.png"}, "line 1: 'a red square ' is a caption of a"),
         ({"key": "a", "text": "t", "caption": "what", "picture": "p.png"}, "has no caption 'what'"),
     ],
 )
@@ -206,6 +208,27 @@ def test_rows_that_fit_nothing(shards: Path, tmp_path: Path, row: dict[str, str]
     with pytest.raises(UserError, match=message):
         attach(shards, table, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar")) if (tmp_path / "out").exists() else True
+
+
+def test_keys_of_two_shards_are_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipkit.negatives.mining.embed_pairs", lambda *_: pytest.fail("worked"))
+    write_shard([pair("a", "green", ["blue"])], tmp_path / "in" / "z.tar")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"key": "a", "text": "t", "picture": "p.png"}))
+    for call in (
+        lambda: wishes(shards, tmp_path / "w.jsonl"),
+        lambda: mine(Colours(), shards, tmp_path / "out", progress=False),
+        lambda: attach(shards, tmp_path / "t.jsonl", tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=r"z\.tar/a: another shard has this key too"):
+            call()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "w.jsonl").exists()
+
+
+def test_blank_negatives_are_not_to_be_drawn(tmp_path: Path) -> None:
+    sample = pair("a", "red", ["blue", "green"])
+    sample.extra["negatives"][0][0]["text"] = " "
+    write_shard([sample], tmp_path / "x.tar")
+    assert wishes(tmp_path / "x.tar", tmp_path / "w.jsonl") == 1
 
 
 def test_commands(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

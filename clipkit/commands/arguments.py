@@ -41,6 +41,12 @@ def pairs(items: Iterable[str] | None, option: str) -> dict[str, str]:
     return out
 
 
+def belong(option: str, value: object, owner: str, given: object) -> None:
+    """Raises UserError for an option that would be ignored, as the one it belongs to was not given; None: not given."""
+    if value is not None and given is None:
+        raise UserError(f"{option}: belongs to {owner}, and means nothing without it; give both, or leave it out")
+
+
 def settings_for(function: Callable[..., Any], items: Iterable[str] | None) -> dict[str, Any]:
     """`--set NAME=VALUE` items as checked keyword arguments of a registered function; every problem at once."""
     from pydantic import TypeAdapter, ValidationError

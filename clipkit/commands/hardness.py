@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.commands.arguments import Model, Overwrite, Shards, words
+from clipkit.commands.arguments import Model, Overwrite, Shards, belong, words
 from clipkit.commands.data import Out
 from clipkit.commands.output import print_table
 from clipkit.errors import UserError
@@ -88,6 +88,8 @@ def pictures(
 
     if (table is None) == (wanted is None) or (table is None) != (out is None):
         raise UserError("either --list FILE, or --table FILE with --out DIR")
+    belong("--kinds", kinds, "--list FILE", wanted)
+    belong("--overwrite", overwrite or None, "--out DIR", out)
     if wanted is not None:
         print(f"{wishes(shards, wanted, words(kinds))} negatives without a picture in {wanted}")
     elif table is not None and out is not None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, Workers, pairs, words
+from clipkit.commands.arguments import Json, Overwrite, Seed, Shards, Workers, belong, pairs, words
 from clipkit.commands.data import Out
 from clipkit.commands.output import STDOUT, print_table, print_tables, write_json
-from clipkit.commands.tables import asked_tables, cost_table
+from clipkit.commands.tables import asked_tables, audit_tables, cost_table
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
 
     from clipkit.negatives.audit.stored import Stored
     from clipkit.negatives.llm import Cost
+
+
+ALIKE, NATS = 0.98, 1.0
+"""What `audit` takes for --alike and --nats where nothing is said."""
 
 
 class Balancing(str, Enum):
@@ -130,16 +133,9 @@ def ask(
         _print_costs(llm.estimate(shards, out, wish, answers), prices, json_path)
         return
     report = llm.ask(
-        shards,
-        out,
-        wish,
-        url=None if local else url,
-        file=answers,
-        concurrency=concurrency,
-        per_minute=rate,
-        timeout_s=timeout,
-        overwrite=overwrite,
-    )
+        shards, out, wish, url=None if local else url, file=answers, concurrency=concurrency, per_minute=rate,
+        timeout_s=timeout, overwrite=overwrite,
+    )  # fmt: skip
     if json_path:
         write_json(report.to_json(), json_path)
     if json_path != STDOUT:
@@ -172,8 +168,8 @@ def audit(
         str | None, typer.Option(metavar="MODEL", help="Leave out negatives that this model takes for their captions.")
     ] = None,
     above: Annotated[
-        float, typer.Option("--alike", metavar="COSINE", help="Of --guide: alike are texts above it.")
-    ] = 0.98,
+        float | None, typer.Option("--alike", metavar="COSINE", help=f"Of --guide: alike are texts above it; {ALIKE}.")
+    ] = None,
     fluent: Annotated[
         str | None,
         typer.Option(
@@ -183,12 +179,12 @@ def audit(
         ),
     ] = None,
     nats: Annotated[
-        float,
-        typer.Option("--nats", metavar="N", help="Of --plausible: less likely by more than so many nats a token."),
-    ] = 1.0,
+        float | None,
+        typer.Option("--nats", metavar="N", help=f"Of --plausible: less likely by more nats a token; {NATS}."),
+    ] = None,
     by: Annotated[
-        Balancing, typer.Option("--by", help="Of --balance: drop negatives, or write weights for all (docs/shards.md).")
-    ] = Balancing.DROP,
+        Balancing | None, typer.Option("--by", help="Of --balance: drop negatives, or weigh them (docs/shards.md).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the shards with what is left.")
     ] = None,
@@ -206,31 +202,28 @@ def audit(
         raise UserError("--out DIR belongs to --balance AUC, --guide MODEL or --plausible MODEL")
     if out is not None and sample is not None:
         raise UserError("--sample: to write shards all negatives are judged; leave it out")
-    for file in filter(None, (html, json_path)):
-        if Path(file).is_dir():
-            raise UserError(f"{file}: is a folder; name a file in it")
+    belong("--by", by, "--balance AUC", target)
+    belong("--alike", above, "--guide MODEL", guide)
+    belong("--nats", nats, "--plausible MODEL", fluent)
+    belong("--overwrite", overwrite or None, "--out DIR", out)
+    _check_targets(shards, out, [html, json_path], overwrite)
     import numpy as np
 
-    from clipkit.data.shards import expand, write_atomic
+    from clipkit.data.shards import write_atomic
     from clipkit.negatives.audit import audit
     from clipkit.negatives.audit.balancing import balance, reweigh, write_balanced
-    from clipkit.negatives.audit.page import BALANCED, COLUMNS, page
+    from clipkit.negatives.audit.page import page
     from clipkit.negatives.audit.stored import read_stored
-    from clipkit.negatives.make import check_free, check_places
 
-    if out is not None:
-        check_places(expand(shards), out)
-        if not overwrite:
-            check_free(expand(shards), out)
     stored = read_stored(shards, sample=sample, seed=seed)
     stays = np.ones(len(stored.texts), bool)
-    for judge, drop, threshold in ((guide, _guided, above), (fluent, _plausible, nats)):
-        if judge is not None:
-            left, stored = drop(stored, judge, threshold)
-            stays[stays] = left
+    if guide is not None:
+        stays[stays], stored = _guided(stored, guide, ALIKE if above is None else above)
+    if fluent is not None:
+        stays[stays], stored = _plausible(stored, fluent, NATS if nats is None else nats)
     found, balanced, weights = audit(stored, seed=seed), None, None
     if target is not None:
-        balanced = (balance if by is Balancing.DROP else reweigh)(stored, target, seed=seed)
+        balanced = (reweigh if by is Balancing.WEIGHT else balance)(stored, target, seed=seed)
         if balanced.weights is not None:
             weights = stays.astype(float)
             weights[stays] = balanced.weights
@@ -242,11 +235,21 @@ def audit(
     if json_path:
         write_json(found.to_json() | ({"balanced": balanced.to_json()} if balanced else {}), json_path)
     if json_path != STDOUT:
-        title = f"{found.captions} captions of {found.pictures} pictures"
-        tables: list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = [(title, COLUMNS, found.rows())]
-        if balanced:
-            tables.append((f"balanced, in {out}", BALANCED, [k.row(name) for name, k in balanced.kinds.items()]))
-        print_tables(tables)
+        print_tables(audit_tables(found, balanced, out))
+
+
+def _check_targets(shards: list[str], out: Path | None, files: list[Path | str | None], overwrite: bool) -> None:
+    """Raises UserError for what could not be written, before the work."""
+    from clipkit.data.shards import expand
+    from clipkit.negatives.make import check_free, check_places
+
+    for file in filter(None, files):
+        if Path(file).is_dir():
+            raise UserError(f"{file}: is a folder; name a file in it")
+    if out is not None:
+        check_places(expand(shards), out)
+    if out is not None and not overwrite:
+        check_free(expand(shards), out)
 
 
 def _plausible(stored: Stored, name: str, above: float) -> tuple[np.ndarray, Stored]:

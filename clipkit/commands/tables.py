@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clipkit.negatives.audit import Audit
+    from clipkit.negatives.audit.balancing import Balance
     from clipkit.negatives.llm import Asked, Cost
 
 LISTED = 20
@@ -143,6 +147,17 @@ def asked_tables(report: Asked, prices: tuple[float, float]) -> list[Table]:
     made = Table(title, ["kind", "texts", "captions with one", "texts dropped"], report.rows())
     columns = ["what", "reason", "times", "the last time"]
     return [made, Table("asked", ["what", "number"], asked), Table("troubles", columns, troubles)]
+
+
+def audit_tables(found: Audit, balanced: Balance | None, out: Path | None) -> list[Table]:
+    """How well the text tells each kind, and what balancing has left of it in `out`."""
+    from clipkit.negatives.audit.page import BALANCED, COLUMNS
+
+    tables = [Table(f"{found.captions} captions of {found.pictures} pictures", list(COLUMNS), found.rows())]
+    if balanced:
+        rows = [kind.row(name) for name, kind in balanced.kinds.items()]
+        tables.append(Table(f"balanced, in {out}", list(BALANCED), rows))
+    return tables
 
 
 def cost_table(costs: list[Cost], prices: tuple[float, float]) -> Table:

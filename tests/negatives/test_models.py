@@ -237,4 +237,7 @@ def test_commands(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "5 of 5 pairs" in well("negatives", "mine", "m", shards, "--out", tmp_path / "mined", "--by", "text")
     assert "3 negatives without a picture" in well("negatives", "pictures", shards, "--list", tmp_path / "w.jsonl")
     assert "either --list FILE" in wrong("negatives", "pictures", shards)
+    table = ["negatives", "pictures", shards, "--table", tmp_path / "w.jsonl", "--out", tmp_path / "o"]
+    assert "--kinds: belongs to --list FILE" in wrong(*table, "--kinds", "replace")
+    assert "--overwrite: belongs to --out DIR" in wrong(*table[:3], "--list", tmp_path / "w.jsonl", "--overwrite")
     assert "either --list FILE" in wrong("negatives", "pictures", shards, "--table", tmp_path / "w.jsonl")

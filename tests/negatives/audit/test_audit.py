@@ -118,6 +118,19 @@ def test_places_are_looked_at_before_the_work(shards: Path, tmp_path: Path, monk
     assert "a.tar: is there already" in wrong(*call, "--balance", "0.65", "--out", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words, owner",
+    [
+        (["--by", "weight"], "--balance AUC"),
+        (["--alike", "0.9"], "--guide MODEL"),
+        (["--nats", "1"], "--plausible MODEL"),
+        (["--overwrite"], "--out DIR"),
+    ],
+)
+def test_options_that_would_be_ignored(shards: Path, words: list[str], owner: str) -> None:
+    assert f"{words[0]}: belongs to {owner}" in wrong("negatives", "audit", shards, *words)
+
+
 def test_kinds_that_are_not_balanced_are_named(found: Audit, balanced: Balance) -> None:
     few = "too few to be balanced alone, above the target"
     notes = {name: kind.note for name, kind in balanced.kinds.items()}

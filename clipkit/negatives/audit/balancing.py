@@ -33,6 +33,9 @@ HEAVIEST = 20.0
 """Most that a weight is above or below the mean of its group, in one step of weighing."""
 _STRIDE, _LEAD = 0.5, 2.0
 """Of a negative's logit above its caption's, what its log-weight loses in a round; leads count up to the second."""
+_BELOW, _SHORTEST = 0.03, 1 / 64
+"""A round that lands further below the target is taken back and made anew with half the stride, down to the second: far
+below, and under 0.5, the text would tell again, the other way round."""
 _STILL, _WAIT = 0.002, 8
 """A round that lowers AUC by less has not helped; so many of them in a row, and a kind is given up."""
 _FRESH = 1000
@@ -167,17 +170,27 @@ def _weigh(
     stored: Stored, cues: blind.Cues, group: np.ndarray, weight: np.ndarray, target: float, seed: int
 ) -> np.ndarray:
     """The weights of a group at which its AUC is at the target; zeros where none are."""
-    best, since = np.inf, 0
+    best, since, stride, last, lead = np.inf, 0, _STRIDE, weight, None
     for number in range(1, _FRESH):
         reading = read_blindly(stored, cues, group, seed + number, measured=False, weight=weight)
+        if lead is not None and reading.told.auc < target - _BELOW and stride > _SHORTEST:
+            stride /= 2
+            weight = _moved(last, lead, stride)
+            continue
         if reading.told.auc <= target - AIM:
             return weight
         best, since = (reading.told.auc, 0) if reading.told.auc < best - _STILL else (best, since + 1)
-        weight = weight * np.exp(-_STRIDE * np.clip(reading.lead, -_LEAD, _LEAD))
-        weight = np.clip(weight / weight.mean(), 1 / HEAVIEST, HEAVIEST)
+        last, lead = weight, reading.lead
+        weight = _moved(weight, lead, stride)
         if since == _WAIT or weight.sum() ** 2 / (weight**2).sum() < FEWEST:
             break
     return np.zeros(len(group))
+
+
+def _moved(weight: np.ndarray, lead: np.ndarray, stride: float) -> np.ndarray:
+    """The weights after a step; 1 on average, within HEAVIEST."""
+    weight = weight * np.exp(-stride * np.clip(lead, -_LEAD, _LEAD))
+    return np.clip(weight / weight.mean(), 1 / HEAVIEST, HEAVIEST)
 
 
 def _thin(stored: Stored, cues: blind.Cues, group: np.ndarray, target: float, seed: int) -> np.ndarray:

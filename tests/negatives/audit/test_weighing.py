@@ -56,7 +56,8 @@ def test_weights_take_from_the_text_what_it_tells(shards: Path, weighed: Balance
     chosen = stored.of_kind("some")
     assert weights[chosen].mean() == pytest.approx(1)
     told = np.array(["far from" in stored.texts[n] for n in chosen])
-    assert weights[chosen][told].mean() < 0.8 < 1.2 < weights[chosen][~told].mean()
+    assert weights[chosen][told].mean() < 0.85 < 1.15 < weights[chosen][~told].mean()
+    assert some.after.auc > 0.54  # nor does it tell the other way round
     # Measured again without the weights, the text tells as before.
     cues = blind.cues_of([*stored.captions, *stored.texts])
     assert read_blindly(stored, cues, chosen, 5).told.auc > 0.65

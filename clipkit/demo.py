@@ -37,7 +37,7 @@ def run(out: Path, *, pictures: int = 14_000, settings: tuple[str, ...] = ()) ->
         console.rule("world")
         build_world(out / "world", pictures=pictures)
     console.rule("negatives")
-    make([out / "world/train-*.tar"], out / "shards", kinds=NEGATIVES, per_kind=2, usual=USUAL)
+    make([out / "world/train-*.tar"], out / "shards", kinds=NEGATIVES, per_kind=2, usual=USUAL, overwrite=True)
     for name in ("start", *RUNS):
         console.rule(f"train {name}")
         _train(out, name, settings)

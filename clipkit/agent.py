@@ -36,7 +36,10 @@ def main() -> None:
     """Status: that of the rank that failed first, or 128 + n where signal n ended it, or told this process to stop."""
     with TemporaryDirectory(prefix="clipkit_") as rounds:
         os.environ[ROUNDS] = rounds
-        _run()
+        try:
+            _run()
+        finally:
+            del os.environ[ROUNDS]
 
 
 def _run() -> None:

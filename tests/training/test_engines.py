@@ -123,7 +123,7 @@ def _one_after_another(tree: dict, engines: list[dict], _rank: int, _world: int)
     return [train(configuration.validate(each)) for each in named]
 
 
-def _one_after_another(tree: dict, _rank: int, _world: int) -> None:
+def _thrice(tree: dict, _rank: int, _world: int) -> None:
     dist.destroy_process_group()  # the test's
     for number, stage in enumerate((1, 1, 3)):
         each = {"name": f"run{number}", "engine": {"kind": "deepspeed", "zero_stage": stage}}
@@ -132,4 +132,4 @@ def _one_after_another(tree: dict, _rank: int, _world: int) -> None:
 
 def test_deepspeed_trains_more_than_once_in_a_process(tiny_tree: dict) -> None:
     """As a sweep does: it remembers the process group of the first time."""
-    run_ranks(partial(_one_after_another, tiny_tree | {"samples": 32}), 1, timeout_s=120)
+    run_ranks(partial(_thrice, tiny_tree | {"samples": 32}), 1, timeout_s=120)
